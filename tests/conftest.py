@@ -1,0 +1,90 @@
+"""What tests share: the real data beside the checkout, a real S3 endpoint, one local Ray."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+SERVER = """
+import logging, sys
+from moto.server import ThreadedMotoServer
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()  # ends when the tests do, however they end
+"""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """An S3 endpoint that speaks HTTP on ``url``; every ``bucket()`` is a new, empty one."""
+
+    url: str
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    def bucket(self) -> str:
+        """The ``s3://`` URI of a fresh bucket."""
+        from mmray import storage
+
+        name = f"bucket-{next(self._numbers)}"
+        storage.client().create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The directory of real data sets and weights; skips where it is not there."""
+    if not SHARED.is_dir():
+        pytest.skip("the shared data sets are not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[Endpoint]:
+    """A moto server in its own process; the environment points every S3 client at it."""
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert server.stdin is not None and server.stdout is not None
+    with pytest.MonkeyPatch.context() as patch:
+        port = server.stdout.readline().strip()
+        assert port, "the moto server did not start"
+        url = f"http://127.0.0.1:{port}"
+        for name in [name for name in os.environ if name.startswith("AWS_")]:
+            patch.delenv(name)
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "AWS_CONFIG_FILE": os.devnull,
+            "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        }.items():
+            patch.setenv(name, value)
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])))
+        yield Endpoint(url)
+    server.stdin.close()
+    server.wait(timeout=10)
+    server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: Endpoint) -> Iterator[None]:
+    """One local Ray for all tests; its workers know the S3 endpoint."""
+    import ray
+
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
