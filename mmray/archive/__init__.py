@@ -1,0 +1,1 @@
+"""Archives of image-text pairs: list their shards, read them sample by sample, write new ones."""

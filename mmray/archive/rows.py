@@ -1,0 +1,146 @@
+"""THE ROW: names, dtypes and shapes of a pair, of a chunk of pairs, and of a score.
+
+Written down here and nowhere else. Identity of a pair is (shard, row): ``shard`` is the shard's
+path relative to the archive root, ``row`` the 0-based ordinal of the sample inside the shard.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+SHARD, ROW, KEY = "shard", "row", "key"
+IMAGE, CAPTION, FIELDS = "image", "caption", "fields"
+LABEL, SCORE, EMBEDDING = "label", "score", "embedding"
+ERROR, ERROR_STAGE = "error", "error_stage"
+PROBABILITY = "p_"
+
+#: Where a row can fail: while its shard is read, its image or caption prepared, or it is scored.
+STAGES = ("read", "image", "caption", "predict")
+
+#: Default cap on the encoded bytes of one image; larger ones are set aside unread.
+MAX_IMAGE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One pair as its archive holds it.
+
+    ``image`` and ``caption`` are None when the archive has none. ``fields`` are the further
+    columns that were asked for (JSON scalars). ``error`` is None, or why the pair cannot be used,
+    as ``reason`` or ``reason: detail``; ``error_stage`` is then one of ``STAGES``.
+    """
+
+    shard: str
+    row: int
+    key: str
+    image: bytes | None = None
+    caption: str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None
+    error_stage: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEnd:
+    """Closes every shard's stream of samples: how many there were, and what is wrong with it."""
+
+    shard: str
+    rows: int
+    problem: str | None = None
+
+
+def reason(error: str) -> str:
+    """The stable part of an ``error`` text, by which reports count."""
+    return error.split(":", 1)[0]
+
+
+CHUNK_SCHEMA = pa.schema(
+    [
+        (SHARD, pa.string()),
+        (ROW, pa.int64()),
+        (KEY, pa.string()),
+        (IMAGE, pa.large_binary()),
+        (CAPTION, pa.large_string()),
+        (FIELDS, pa.string()),
+        (ERROR, pa.string()),
+        (ERROR_STAGE, pa.string()),
+    ]
+)
+
+
+def to_table(samples: Sequence[Sample]) -> pa.Table:
+    """Samples as an Arrow table of ``CHUNK_SCHEMA``; ``fields`` as JSON text."""
+    columns: list[list[Any]] = [
+        [s.shard for s in samples],
+        [s.row for s in samples],
+        [s.key for s in samples],
+        [s.image for s in samples],
+        [s.caption for s in samples],
+        [json.dumps(dict(s.fields), ensure_ascii=False) if s.fields else None for s in samples],
+        [s.error for s in samples],
+        [s.error_stage for s in samples],
+    ]
+    arrays = [pa.array(c, type=f.type) for c, f in zip(columns, CHUNK_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(arrays, schema=CHUNK_SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Sample]:
+    """The samples of a table made by ``to_table``."""
+    columns = [table.column(name).to_pylist() for name in CHUNK_SCHEMA.names]
+    return [
+        Sample(shard, row, key, image, caption, json.loads(extra) if extra else {}, error, stage)
+        for shard, row, key, image, caption, extra, error, stage in zip(*columns, strict=True)
+    ]
+
+
+def chunks(
+    stream: Iterable[Sample | ShardEnd], max_rows: int, max_bytes: int
+) -> Iterator[list[Sample] | ShardEnd]:
+    """Group a shard's samples into chunks: consecutive rows, at most ``max_rows`` of them, closed
+    early once they hold ``max_bytes`` of image data or the next row does not follow.
+
+    Where a chunk starts fixes where it ends, so a shard that is read again is cut alike.
+    """
+    held: list[Sample] = []
+    size = 0
+    for item in stream:
+        full = len(held) >= max_rows or size >= max_bytes
+        if held and (full or isinstance(item, ShardEnd) or item.row != held[-1].row + 1):
+            yield held
+            held, size = [], 0
+        if isinstance(item, ShardEnd):
+            yield item
+        else:
+            held.append(item)
+            size += len(item.image or b"")
+    if held:
+        raise AssertionError("a shard's stream must be closed by a ShardEnd")
+
+
+def probability_columns(labels: Sequence[str]) -> list[str]:
+    """Names of the probability columns, in the order of ``labels``."""
+    return [PROBABILITY + label for label in labels]
+
+
+def scores_schema(labels: Sequence[str], embedding_dim: int | None = None) -> pa.Schema:
+    """Schema of a score file for a classifier over ``labels``.
+
+    ``label`` is the most probable label, ``p_<label>`` float32 probabilities in [0, 1]; all null
+    where ``error`` is set. With ``embedding_dim``, ``embedding`` is float16 of that length.
+    """
+    columns: list[tuple[str, pa.DataType]] = [
+        (SHARD, pa.string()),
+        (ROW, pa.int64()),
+        (KEY, pa.string()),
+        (LABEL, pa.string()),
+    ]
+    columns += [(name, pa.float32()) for name in probability_columns(labels)]
+    columns += [(ERROR, pa.string()), (ERROR_STAGE, pa.string())]
+    if embedding_dim is not None:
+        columns.append((EMBEDDING, pa.list_(pa.float16(), embedding_dim)))
+    return pa.schema(columns)

@@ -1,0 +1,1 @@
+"""What a person reads: progress, summaries, and what an archive holds."""
