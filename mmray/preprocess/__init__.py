@@ -1,0 +1,78 @@
+"""The one preprocessing: training, batch scoring and serving run a pair through here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mmray.archive.rows import Sample
+from mmray.config import Modalities, Preprocess
+from mmray.errors import BadRow
+from mmray.preprocess.image import decode_image
+from mmray.preprocess.text import TextTokenizer, clean_text, load_tokenizer, train_tokenizer
+
+__all__ = [
+    "PREPROCESS_VERSION",
+    "Prepared",
+    "Preprocessor",
+    "TextTokenizer",
+    "clean_text",
+    "decode_image",
+    "load_tokenizer",
+    "train_tokenizer",
+]
+
+#: Raised whenever the same bytes would come out differently; part of a bundle's fingerprint.
+PREPROCESS_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One pair, ready for the model; what the model does not use is None.
+
+    ``pixels``: uint8 [3, H, W]. ``tokens``: int32 [L], 1 <= L <= max_tokens, not padded.
+    """
+
+    pixels: np.ndarray | None
+    tokens: np.ndarray | None
+
+
+class Preprocessor:
+    """A model's preprocessing: its config, its tokenizer, and the modalities it uses."""
+
+    def __init__(
+        self, cfg: Preprocess, tokenizer: TextTokenizer | None, modalities: Modalities
+    ) -> None:
+        if modalities != "image" and tokenizer is None:
+            raise ValueError(f"modalities: got {modalities!r} without a tokenizer")
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.modalities = modalities
+        self._nothing_dropped = cfg.text.model_copy(update={"urls": "keep", "mentions": "keep"})
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """The pair's pixels and tokens; raises BadRow when the model cannot be given them.
+
+        What the reader found wrong (``sample.error``) is raised first, at its own stage.
+        """
+        if sample.error is not None:
+            reason, _, detail = sample.error.partition(": ")
+            raise BadRow(sample.error_stage or "read", reason, detail)
+        pixels = None if self.modalities == "text" else self._pixels(sample)
+        tokens = None if self.modalities == "image" else self._tokens(sample)
+        return Prepared(pixels, tokens)
+
+    def _pixels(self, sample: Sample) -> np.ndarray:
+        if sample.image is None:
+            raise BadRow("image", "no image")
+        return decode_image(sample.image, self.cfg.image)
+
+    def _tokens(self, sample: Sample) -> np.ndarray:
+        assert self.tokenizer is not None
+        if sample.caption is None:
+            raise BadRow("caption", "no caption")
+        # A caption of URLs alone has something to say, even to a model that drops them.
+        if not clean_text(sample.caption, self._nothing_dropped):
+            raise BadRow("caption", "empty caption")
+        return self.tokenizer.encode(sample.caption)
