@@ -1,0 +1,77 @@
+"""Fusions: the features of both modalities -> one vector a row.
+
+Shapes: B rows, D width of the fused vector; see ``features`` for the rest. A fusion is made from
+(image width, text width, fused width, dropout) and may use pooled vectors, tokens and masks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmray.model.features import Features
+
+
+class Fusion(nn.Module):
+    """``forward(image, text)`` -> float [B, dim]."""
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.image_dim, self.text_dim, self.dim, self.dropout = image_dim, text_dim, dim, dropout
+
+    def forward(self, image: Features, text: Features) -> Tensor:
+        raise NotImplementedError
+
+
+class Projection(nn.Sequential):
+    """Pooled vector of one modality -> [B, dim]; also stands in for a fusion when it is alone."""
+
+    def __init__(self, in_dim: int, dim: int, dropout: float) -> None:
+        super().__init__(
+            nn.LayerNorm(in_dim), nn.Dropout(dropout), nn.Linear(in_dim, dim), nn.GELU()
+        )
+
+
+class Concat(Fusion):
+    """Projected pooled vectors side by side, then a layer over both.
+
+    One layer, with the linear head a two-layer perceptron: deeper ones overfit a few thousand
+    pairs.
+    """
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
+        super().__init__(image_dim, text_dim, dim, dropout)
+        self.image = Projection(image_dim, dim, dropout)
+        self.text = Projection(text_dim, dim, dropout)
+        self.joint = nn.Sequential(nn.Dropout(dropout), nn.Linear(2 * dim, dim), nn.GELU())
+
+    def forward(self, image: Features, text: Features) -> Tensor:
+        joined_BD = torch.cat([self.image(image.pooled), self.text(text.pooled)], dim=1)
+        fused_BD: Tensor = self.joint(joined_BD)
+        return fused_BD
+
+
+class Gated(Fusion):
+    """Gated multimodal unit (Arevalo et al. 2017, arXiv:1702.01992, equations 1-4).
+
+    ``h = z * tanh(W_v v) + (1 - z) * tanh(W_t t)`` with ``z = sigmoid(W_z [v, t])``: each fused
+    value is a mix of picture and text, in a share that both together decide.
+    """
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
+        super().__init__(image_dim, text_dim, dim, dropout)
+        self.image_norm, self.text_norm = nn.LayerNorm(image_dim), nn.LayerNorm(text_dim)
+        self.image = nn.Linear(image_dim, dim)
+        self.text = nn.Linear(text_dim, dim)
+        self.gate = nn.Linear(image_dim + text_dim, dim)
+
+    def forward(self, image: Features, text: Features) -> Tensor:
+        image_BD, text_BD = self.image_norm(image.pooled), self.text_norm(text.pooled)
+        gate_BD = torch.sigmoid(self.gate(torch.cat([image_BD, text_BD], dim=1)))
+        return gate_BD * torch.tanh(self.image(image_BD)) + (1 - gate_BD) * torch.tanh(
+            self.text(text_BD)
+        )
+
+
+#: ``model.fusion`` -> its module.
+FUSIONS: dict[str, type[Fusion]] = {"concat": Concat, "gated": Gated}
