@@ -1,0 +1,312 @@
+"""Predictor: rows -> scores. The one used by batch scoring, evaluation and serving.
+
+Shapes: B rows of a batch, N rows of a call, C classes, D width of the embedding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from mmray import golden
+from mmray.archive import rows
+from mmray.archive.rows import Sample
+from mmray.bundle import Bundle
+from mmray.config import Precision
+from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
+from mmray.learn import autocast, collate, resolve_precision
+from mmray.preprocess import Prepared
+
+CPU_BATCH, GPU_BATCH = 16, 256  # rows; on a CPU, larger batches leave its caches
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """``probabilities`` float32 [N, C], rows sum to 1; ``embeddings`` float32 [N, D]."""
+
+    probabilities: Floats
+    embeddings: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """``table`` of ``rows.scores_schema``, a row a sample in order, and where the time went."""
+
+    table: pa.Table
+    seconds_prepare: float  # bytes -> pixels and token ids
+    seconds_predict: float  # the model, transfers included
+
+
+class Predictor:
+    """A bundle's model, ready to score on one device.
+
+    The same samples in one call give the same scores whatever was scored before: batches are cut
+    by position, and nothing is learned from earlier ones. Not for use from several threads at once,
+    except ``prepare``.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        device: str = "auto",
+        precision: Precision = "auto",
+        *,
+        batch_size: int | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """``device``: auto, cpu, cuda or cuda:N. ``batch_size``: rows a forward pass; None: what
+        suits the device. ``threads``: of torch, in the whole process; None: as they are.
+
+        Raises ConfigError for a device that is not there, BundleError for weights that do not fit.
+        """
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self.device = _device(device)
+        self.precision: Precision = resolve_precision(precision, self.device)
+        self.batch_size = batch_size or (GPU_BATCH if self.device.type == "cuda" else CPU_BATCH)
+        self.labels = bundle.labels
+        self.fingerprint = bundle.fingerprint
+        self.embedding_dim = bundle.spec.config.hidden
+        self._golden = bundle.golden
+        self._preprocessor = bundle.build_preprocessor()
+        self._model = bundle.build_model().to(self.device)
+        self._model.to(memory_format=torch.channels_last)
+        self._blank = _blank(bundle)
+
+    # --- one step at a time ------------------------------------------------------------------
+
+    def prepare(self, sample: Sample) -> Prepared:
+        """The sample's pixels and token ids, on the CPU. Raises BadRow, and nothing else, for a
+        sample that cannot be used."""
+        try:
+            return self._preprocessor.prepare(sample)
+        except (BadRow, MemoryError):  # short memory is the machine's state, not the row's
+            raise
+        except Exception as error:  # one row's surprise must not cost its chunk
+            stage = "image" if self._preprocessor.tokenizer is None else "caption"
+            raise _surprise(stage, error) from error
+
+    def forward(self, prepared: Sequence[Prepared]) -> Outputs:
+        """Score prepared rows in batches. An error is that of the model or the device and raises;
+        out of memory, a batch is run again in halves."""
+        starts = range(0, len(prepared), self.batch_size)
+        return self._joined([self._batch(prepared[i : i + self.batch_size]) for i in starts])
+
+    # --- whole chunks ------------------------------------------------------------------------
+
+    def score(self, samples: Sequence[Sample], *, embeddings: bool = False) -> Scored:
+        """Every sample once, in order, with its scores or the reason why not.
+
+        Raises RunError when the model or its device fails on any input, or lacks the memory for
+        one row: that is no row's fault.
+        """
+        began = time.perf_counter()
+        errors: dict[int, BadRow] = {}
+        ready: list[Prepared] = []
+        at: list[int] = []
+        for i, sample in enumerate(samples):
+            try:
+                ready.append(self.prepare(sample))
+                at.append(i)
+            except BadRow as error:
+                errors[i] = error
+        prepared = time.perf_counter()
+        outputs, faults = self._forward_rows(ready)
+        errors |= {at[i]: fault for i, fault in faults.items()}
+        table = self._table(samples, at, outputs, errors, embeddings)
+        return Scored(table, prepared - began, time.perf_counter() - prepared)
+
+    def score_table(self, samples: Sequence[Sample], *, embeddings: bool = False) -> pa.Table:
+        """The table of ``score``: ``rows.scores_schema(labels)``, a row a sample, in order."""
+        return self.score(samples, embeddings=embeddings).table
+
+    def check_golden(self) -> float:
+        """Score the bundle's golden pairs; the largest difference from what they must give.
+
+        Raises BundleError, naming a pair, when one differs by more than the bundle's tolerance.
+        """
+        assert self._golden is not None, "only a bundle that was saved has golden pairs"
+        scores = self.score_table(golden.inputs(self._golden))
+        try:
+            return golden.compare(self._golden, scores, self.labels)
+        except BundleError as error:
+            raise BundleError(
+                f"on {self.device} in {self.precision} this bundle gives other scores than its "
+                f"own: {error}; compare library versions with those in bundle.json"
+            ) from None
+
+    # --- inside ------------------------------------------------------------------------------
+
+    def _run(self, batch: Sequence[Prepared]) -> Outputs:
+        inputs = collate(batch).to(self.device)
+        with torch.inference_mode(), autocast(self.precision, self.device):
+            logits_BC, embedding_BD = self._model(inputs.pixels, inputs.tokens, inputs.mask)
+            probabilities_BC = logits_BC.softmax(dim=1)
+        return Outputs(probabilities_BC.cpu().numpy(), embedding_BD.cpu().numpy())
+
+    def _batch(self, batch: Sequence[Prepared]) -> Outputs:
+        """One batch; in halves where memory does not suffice."""
+        try:
+            return self._run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not _out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                what = _line(error)
+                raise RunError(f"{self.device}: no memory to score even one row: {what}") from error
+        # Out here the failed attempt's tensors are free.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        middle = len(batch) // 2
+        return self._joined([self._batch(batch[:middle]), self._batch(batch[middle:])])
+
+    def _forward_rows(self, prepared: Sequence[Prepared]) -> tuple[Outputs, dict[int, BadRow]]:
+        """Outputs of all rows, and why some have none (theirs are then NaN), by position."""
+        parts: list[Outputs] = []
+        faults: dict[int, BadRow] = {}
+        for start in range(0, len(prepared), self.batch_size):
+            batch = prepared[start : start + self.batch_size]
+            try:
+                parts.append(self._batch(batch))
+            except MmrayError:
+                raise
+            except Exception:  # noqa: BLE001  # the batch's other rows must not pay for one
+                for i, row in enumerate(batch, start):
+                    outcome = self._alone(row)
+                    if isinstance(outcome, BadRow):
+                        faults[i], outcome = outcome, self._nothing(1)
+                    parts.append(outcome)
+        outputs = self._joined(parts)
+        for i in np.flatnonzero(~np.isfinite(outputs.probabilities).all(axis=1)).tolist():
+            faults.setdefault(i, BadRow("predict", "score not finite"))
+        return outputs, faults
+
+    def _alone(self, row: Prepared) -> Outputs | BadRow:
+        try:
+            return self._batch([row])
+        except MmrayError:
+            raise
+        except Exception as error:  # noqa: BLE001  # torch raises what it likes
+            self._check_works(error)
+            return _surprise("predict", error)
+
+    def _check_works(self, error: Exception) -> None:
+        """Raise RunError if a blank row fails too: then ``error`` says nothing about its row."""
+        try:
+            self._run([self._blank])
+        except Exception:  # noqa: BLE001  # whatever it is, it is not the row's
+            raise RunError(
+                f"the model fails on {self.device} whatever it is given: "
+                f"{type(error).__name__}: {_line(error)}"
+            ) from error
+
+    def _joined(self, parts: Sequence[Outputs]) -> Outputs:
+        if not parts:
+            return self._nothing(0)
+        return Outputs(
+            np.concatenate([part.probabilities for part in parts]),
+            np.concatenate([part.embeddings for part in parts]),
+        )
+
+    def _nothing(self, n: int) -> Outputs:
+        widths = len(self.labels), self.embedding_dim
+        return Outputs(*(np.full((n, width), np.nan, np.float32) for width in widths))
+
+    def _table(
+        self,
+        samples: Sequence[Sample],
+        at: Sequence[int],
+        outputs: Outputs,
+        errors: Mapping[int, BadRow],
+        embeddings: bool,
+    ) -> pa.Table:
+        """``outputs`` are those of the samples ``at``; all others, and any in ``errors``, have
+        none."""
+        n = len(samples)
+        scored = np.zeros(n, dtype=bool)
+        scored[at] = True
+        scored[list(errors)] = False
+        probabilities = np.zeros((n, len(self.labels)), np.float32)
+        probabilities[at] = outputs.probabilities
+        best = probabilities.argmax(axis=1)
+        why = [errors.get(i) for i in range(n)]
+        columns = [
+            pa.array([s.shard for s in samples], pa.string()),
+            pa.array([s.row for s in samples], pa.int64()),
+            pa.array([s.key for s in samples], pa.string()),
+            pa.array(self.labels, pa.string()).take(pa.array(best, pa.int64(), mask=~scored)),
+            *(pa.array(column, pa.float32(), mask=~scored) for column in probabilities.T),
+            pa.array([None if w is None else str(w) for w in why], pa.string()),
+            pa.array([None if w is None else w.stage for w in why], pa.string()),
+        ]
+        if embeddings:
+            limit = np.finfo(np.float16).max
+            vectors = np.zeros((n, self.embedding_dim), np.float16)
+            vectors[at] = outputs.embeddings.clip(-limit, limit)
+            values = pa.array(vectors.reshape(-1))
+            mask = pa.array(~scored)
+            columns.append(pa.FixedSizeListArray.from_arrays(values, self.embedding_dim, mask=mask))
+        schema = rows.scores_schema(self.labels, self.embedding_dim if embeddings else None)
+        return pa.Table.from_arrays(columns, schema=schema)
+
+
+def golden_table(bundle: Bundle, samples: Sequence[Sample]) -> pa.Table:
+    """Some of ``samples`` (a few hundred make a good choice) with the scores they must give, for
+    ``Bundle.save``.
+
+    Scored on the CPU in float32, the reference that every device is compared with; and in bfloat16,
+    for the tolerance. Raises BundleError when no sample can be scored.
+    """
+    some = golden.candidates(samples)
+    scores = Predictor(bundle, "cpu", "float32").score_table(some)
+    chosen = golden.choose(some, scores, bundle.labels)
+    rough = Predictor(bundle, "cpu", "bf16").score_table(golden.inputs(chosen))
+    return golden.with_tolerance(chosen, rough, bundle.labels)
+
+
+def _device(name: str) -> torch.device:
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if there else "cpu")
+    if name != "cpu" and not (name.split(":")[0] == "cuda" and there):
+        raise ConfigError(
+            f"device: got {name!r}; allowed: auto, cpu, cuda, cuda:N"
+            + ("" if there else " (torch finds no GPU here)")
+        )
+    return torch.device(name)
+
+
+def _blank(bundle: Bundle) -> Prepared:
+    """The plainest input the model takes: a black picture, one padding token."""
+    size = bundle.preprocess.image.size
+    cfg = bundle.spec.config
+    return Prepared(
+        np.zeros((3, size, size), np.uint8) if cfg.uses_image else None,
+        np.array([bundle.spec.pad_id], np.int32) if cfg.uses_text else None,
+    )
+
+
+#: What torch's allocators and libraries say in a plain RuntimeError.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "ALLOC_FAILED", "out of memory")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(phrase in str(error) for phrase in _NO_MEMORY)
+
+
+def _surprise(stage: str, error: Exception) -> BadRow:
+    return BadRow(stage, "unexpected error", f"{type(error).__name__}: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

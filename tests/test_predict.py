@@ -1,0 +1,403 @@
+"""Without these one bad pair would cost its neighbours, or the same pair get two scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from mmray import bundle as bundles
+from mmray import golden, preprocess
+from mmray.archive import rows
+from mmray.archive.rows import Sample
+from mmray.bundle import Bundle
+from mmray.config import (
+    Data,
+    ImagePreprocess,
+    Modalities,
+    Model,
+    Preprocess,
+    TextModel,
+    TextPreprocess,
+    Train,
+)
+from mmray.errors import BadRow, BundleError, ConfigError, RunError
+from mmray.model import build_model, make_spec
+from mmray.predict import Predictor, golden_table
+from mmray.preprocess import Prepared, train_tokenizer
+
+LABELS = ("autumn", "spring", "winter")
+PROBABILITIES = rows.probability_columns(LABELS)
+
+
+def pair(row: int) -> Sample:
+    text = tiny.caption(row) if row % 3 else f"RT @user{row}: {tiny.caption(row)} http://t.co/{row}"
+    return Sample("00000.tar", row, f"{row:05d}", tiny.jpeg(row, 40 + row), text)
+
+
+def opinionated(modalities: Modalities = "both") -> Bundle:
+    """An untrained bundle whose scores differ a lot from pair to pair."""
+    cfg = Preprocess(
+        image=ImagePreprocess(size=32), text=TextPreprocess(vocab_size=300, max_tokens=32)
+    )
+    tokenizer = train_tokenizer((tiny.caption(i) for i in range(50)), cfg.text)
+    text = modalities != "image"
+    spec = make_spec(
+        Model(modalities=modalities, text=TextModel(dim=32, layers=1, heads=2), hidden=32),
+        num_classes=3,
+        vocab_size=tokenizer.vocab_size if text else None,
+        pad_id=tokenizer.pad_id,
+        max_tokens=32,
+        image_size=32,
+    )
+    torch.manual_seed(0)
+    model = build_model(spec)
+    head = model.head[1]
+    assert isinstance(head, nn.Linear)
+    with torch.no_grad():
+        head.weight.mul_(40)
+    return bundles.make(
+        labels=LABELS,
+        spec=spec,
+        preprocess=cfg,
+        state_dict=model.state_dict(),
+        tokenizer=tokenizer if text else None,
+        metrics={},
+        training=bundles.Training(data=Data(archive="none"), seed=0, train=Train(), split={}),
+    )
+
+
+@pytest.fixture(scope="module")
+def made() -> Bundle:
+    bundle = opinionated()
+    broken = replace(pair(99), image=b"no picture")
+    return replace(bundle, golden=golden_table(bundle, [*map(pair, range(30)), broken]))
+
+
+@pytest.fixture
+def predictor(made: Bundle) -> Predictor:
+    return Predictor(made, "cpu", "float32", batch_size=4)
+
+
+def probabilities(table: pa.Table) -> np.ndarray:
+    columns = [table[name].to_numpy(zero_copy_only=False) for name in PROBABILITIES]
+    return np.stack(columns, axis=1)
+
+
+@pytest.fixture
+def damaged() -> list[Sample]:
+    """Pairs with every kind of trouble between good ones."""
+    samples = [pair(row) for row in range(12)]
+    samples[1] = replace(samples[1], image=b"junk")
+    samples[2] = replace(samples[2], caption=None)
+    samples[3] = replace(samples[3], error="image oversized: 9 GB", error_stage="read")
+    samples[6] = replace(samples[6], image=None)
+    samples[7] = replace(samples[7], image=samples[7].image[:200] if samples[7].image else None)
+    samples[11] = replace(samples[11], caption=" \n ")
+    return samples
+
+
+class TestRows:
+    def test_one_row_a_sample_in_order_with_scores_or_the_reason(
+        self, predictor: Predictor, damaged: list[Sample]
+    ) -> None:
+        table = predictor.score_table(damaged)
+        assert table.schema.equals(rows.scores_schema(LABELS))
+        assert table[rows.ROW].to_pylist() == list(range(12))
+        assert table[rows.KEY].to_pylist() == [s.key for s in damaged]
+        found = dict(zip(range(12), table.to_pylist(), strict=True))
+        stages = {i: row[rows.ERROR_STAGE] for i, row in found.items() if row[rows.ERROR]}
+        assert stages == {
+            1: "image",
+            2: "caption",
+            3: "read",
+            6: "image",
+            7: "image",
+            11: "caption",
+        }
+        assert found[3][rows.ERROR] == "image oversized: 9 GB"
+        assert found[2][rows.ERROR] == "no caption"
+        for row in found.values():
+            values = [row[name] for name in PROBABILITIES]
+            if row[rows.ERROR]:
+                assert values == [None] * 3 and row[rows.LABEL] is None
+            else:
+                assert sum(values) == pytest.approx(1, abs=1e-5)
+                assert row[rows.LABEL] == LABELS[int(np.argmax(values))]
+
+    def test_errors_do_not_shift_or_change_the_others(
+        self, predictor: Predictor, damaged: list[Sample]
+    ) -> None:
+        table = predictor.score_table(damaged)
+        for i, sample in enumerate(damaged):
+            alone = predictor.score_table([sample])
+            assert alone[rows.ERROR].to_pylist() == [table[rows.ERROR][i].as_py()]
+            np.testing.assert_allclose(
+                probabilities(alone)[0], probabilities(table)[i], rtol=0, atol=1e-5
+            )
+
+    @pytest.mark.parametrize("batch_size", [1, 3, 64])
+    def test_batch_size_does_not_matter(self, made: Bundle, batch_size: int) -> None:
+        samples = [pair(row) for row in range(10)]
+        one = Predictor(made, "cpu", "float32", batch_size=4).score_table(samples)
+        other = Predictor(made, "cpu", "float32", batch_size=batch_size).score_table(samples)
+        np.testing.assert_allclose(probabilities(one), probabilities(other), rtol=0, atol=1e-5)
+
+    def test_the_same_chunk_gives_the_same_bytes(
+        self, predictor: Predictor, damaged: list[Sample]
+    ) -> None:
+        first = predictor.score_table(damaged)
+        predictor.score_table([pair(row) for row in range(20, 33)])
+        assert predictor.score_table(damaged).equals(first)
+
+    def test_no_rows(self, predictor: Predictor) -> None:
+        table = predictor.score_table([], embeddings=True)
+        assert table.num_rows == 0
+        assert table.schema.equals(rows.scores_schema(LABELS, 32))
+
+    def test_embeddings_stand_beside_their_rows(
+        self, predictor: Predictor, damaged: list[Sample]
+    ) -> None:
+        table = predictor.score_table(damaged, embeddings=True)
+        assert table.schema.equals(rows.scores_schema(LABELS, 32))
+        found = table[rows.EMBEDDING].to_pylist()
+        for i, sample in enumerate(damaged):
+            if table[rows.ERROR][i].as_py():
+                assert found[i] is None
+            else:
+                alone = predictor.forward([predictor.prepare(sample)]).embeddings[0]
+                np.testing.assert_allclose(np.array(found[i]), alone, rtol=2e-3, atol=2e-3)
+
+    def test_steps_give_what_the_whole_gives(self, predictor: Predictor) -> None:
+        samples = [pair(row) for row in range(9)]
+        outputs = predictor.forward([predictor.prepare(sample) for sample in samples])
+        np.testing.assert_array_equal(
+            outputs.probabilities, probabilities(predictor.score_table(samples))
+        )
+
+    @pytest.mark.parametrize("modalities", ["image", "text"])
+    def test_one_modality_needs_only_its_own(self, modalities: Literal["image", "text"]) -> None:
+        predictor = Predictor(opinionated(modalities), "cpu")
+        other = {"image": {"caption": None}, "text": {"image": None}}[modalities]
+        own = {"image": {"image": None}, "text": {"caption": None}}[modalities]
+        table = predictor.score_table([replace(pair(1), **other), replace(pair(1), **own)])
+        assert table[rows.ERROR].to_pylist() == [
+            None,
+            {"image": "no image", "text": "no caption"}[modalities],
+        ]
+
+    def test_time_is_told_apart(self, predictor: Predictor) -> None:
+        scored = predictor.score([pair(1)])
+        assert scored.seconds_prepare > 0 and scored.seconds_predict > 0
+
+
+class Faulty(nn.Module):
+    """A model in front of which something goes wrong."""
+
+    def __init__(self, model: nn.Module, fault: Callable[[torch.Tensor, Any], Any]) -> None:
+        super().__init__()
+        self.model, self.fault = model, fault
+
+    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
+        return self.fault(pixels, lambda: self.model(pixels, tokens, mask))
+
+
+WHITE = 250
+
+
+def white(row: int) -> Sample:
+    """A pair with a picture that ``is_white`` knows."""
+    from io import BytesIO
+
+    from PIL import Image
+
+    sink = BytesIO()
+    Image.new("RGB", (32, 32), "white").save(sink, "PNG")
+    return replace(pair(row), image=sink.getvalue())
+
+
+def is_white(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.flatten(1).float().mean(1) > WHITE
+
+
+class TestFaults:
+    def test_only_the_row_that_breaks_the_model_is_set_aside(self, predictor: Predictor) -> None:
+        samples = [white(row) if row == 5 else pair(row) for row in range(10)]
+        expected = predictor.score_table(samples)
+
+        def fault(pixels: torch.Tensor, run: Callable[[], Any]) -> Any:
+            if is_white(pixels).any():
+                raise ValueError("a row\nthat breaks")
+            return run()
+
+        predictor._model = Faulty(predictor._model, fault)  # type: ignore[assignment]
+        table = predictor.score_table(samples)
+        errors = table[rows.ERROR].to_pylist()
+        assert errors[5] == "unexpected error: ValueError: a row that breaks"
+        assert table[rows.ERROR_STAGE][5].as_py() == "predict"
+        assert [i for i, error in enumerate(errors) if error] == [5]
+        others = [i for i in range(10) if i != 5]
+        np.testing.assert_allclose(
+            probabilities(table)[others], probabilities(expected)[others], rtol=0, atol=1e-5
+        )
+
+    def test_a_score_that_is_no_number_is_an_error(self, predictor: Predictor) -> None:
+        def fault(pixels: torch.Tensor, run: Callable[[], Any]) -> Any:
+            logits, embedding = run()
+            return logits.masked_fill(is_white(pixels)[:, None], torch.nan), embedding
+
+        predictor._model = Faulty(predictor._model, fault)  # type: ignore[assignment]
+        table = predictor.score_table([pair(0), white(1), pair(2)])
+        assert table[rows.ERROR].to_pylist() == [None, "score not finite", None]
+        assert table[rows.LABEL][1].as_py() is None
+
+    def test_a_broken_device_is_no_rows_fault(self, predictor: Predictor) -> None:
+        def fault(pixels: torch.Tensor, run: Callable[[], Any]) -> Any:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        predictor._model = Faulty(predictor._model, fault)  # type: ignore[assignment]
+        with pytest.raises(RunError, match=r"the model fails on cpu whatever.*device-side assert"):
+            predictor.score_table([pair(row) for row in range(10)])
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        ],
+    )
+    def test_short_memory_halves_the_batch_and_loses_no_row(
+        self, predictor: Predictor, error: Exception
+    ) -> None:
+        samples = [pair(row) for row in range(10)]
+        expected = predictor.score_table(samples)
+        seen: list[int] = []
+
+        def fault(pixels: torch.Tensor, run: Callable[[], Any]) -> Any:
+            seen.append(len(pixels))
+            if len(pixels) > 1:
+                raise error
+            return run()
+
+        predictor._model = Faulty(predictor._model, fault)  # type: ignore[assignment]
+        table = predictor.score_table(samples)
+        assert table[rows.ERROR].null_count == 10
+        np.testing.assert_allclose(probabilities(table), probabilities(expected), rtol=0, atol=1e-5)
+        assert seen[:4] == [4, 2, 1, 1]
+
+    def test_no_memory_for_one_row_stops_the_job(self, predictor: Predictor) -> None:
+        def fault(pixels: torch.Tensor, run: Callable[[], Any]) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        predictor._model = Faulty(predictor._model, fault)  # type: ignore[assignment]
+        with pytest.raises(RunError, match="no memory to score even one row"):
+            predictor.score_table([pair(0), pair(1)])
+
+    def test_a_surprise_while_preparing_is_that_rows(
+        self, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepare = predictor._preprocessor.prepare
+
+        def surprise(sample: Sample) -> Prepared:
+            if sample.row == 1:
+                raise KeyError("who expected this")
+            return prepare(sample)
+
+        monkeypatch.setattr(predictor._preprocessor, "prepare", surprise)
+        table = predictor.score_table([pair(0), pair(1), pair(2)])
+        assert table[rows.ERROR].to_pylist() == [
+            None,
+            "unexpected error: KeyError: 'who expected this'",
+            None,
+        ]
+        with pytest.raises(BadRow, match="unexpected error: KeyError"):
+            predictor.prepare(pair(1))
+
+    def test_a_device_that_is_not_there(self, made: Bundle) -> None:
+        with pytest.raises(ConfigError, match="device: got 'gpu'; allowed: auto, cpu"):
+            Predictor(made, "gpu")
+        if not torch.cuda.is_available():
+            with pytest.raises(ConfigError, match="torch finds no GPU here"):
+                Predictor(made, "cuda")
+
+
+@pytest.fixture
+def other_preprocessing(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        decode, clean = preprocess.decode_image, preprocess.text.clean_text
+        if request.param == "channels swapped":
+            patch.setattr(
+                preprocess,
+                "decode_image",
+                lambda data, cfg: np.ascontiguousarray(decode(data, cfg)[::-1]),
+            )
+        if request.param == "mirrored":
+            patch.setattr(
+                preprocess,
+                "decode_image",
+                lambda data, cfg: np.ascontiguousarray(decode(data, cfg)[..., ::-1]),
+            )
+        if request.param == "captions uncleaned":
+            patch.setattr(preprocess.text, "clean_text", lambda text, *_, **__: text)
+        if request.param == "captions in capitals":
+            patch.setattr(
+                preprocess.text, "clean_text", lambda text, *a, **k: clean(text, *a, **k).upper()
+            )
+        yield
+
+
+class TestGolden:
+    def test_a_sound_bundle_passes_in_every_precision(self, made: Bundle) -> None:
+        assert Predictor(made, "cpu", "float32").check_golden() <= 1e-5
+        assert made.golden is not None
+        assert 0 < Predictor(made, "cpu", "bf16").check_golden() <= golden.tolerance(made.golden)
+
+    @pytest.mark.parametrize(
+        "other_preprocessing",
+        ["channels swapped", "mirrored", "captions uncleaned", "captions in capitals"],
+        indirect=True,
+    )
+    @pytest.mark.usefixtures("other_preprocessing")
+    def test_another_preprocessing_is_refused(self, made: Bundle) -> None:
+        with pytest.raises(BundleError, match=r"golden pair 00000\.tar row \d+ must give p_autumn"):
+            Predictor(made, "cpu", "float32").check_golden()
+
+    def test_other_weights_are_refused(self, made: Bundle) -> None:
+        predictor = Predictor(made, "cpu", "float32")
+        with torch.no_grad():
+            for parameter in predictor._model.parameters():
+                parameter.add_(0.01 * torch.randn_like(parameter))
+        with pytest.raises(BundleError, match="gives other scores than its own"):
+            predictor.check_golden()
+
+    def test_a_model_that_scores_nan_is_refused(self, made: Bundle) -> None:
+        predictor = Predictor(made, "cpu", "float32")
+        with torch.no_grad():
+            next(iter(predictor._model.head.parameters())).fill_(torch.nan)
+        with pytest.raises(BundleError, match="it gives the error 'score not finite'"):
+            predictor.check_golden()
+
+    def test_a_picture_that_was_set_aside_must_stay_so(
+        self, made: Bundle, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode = preprocess.decode_image
+        monkeypatch.setattr(
+            preprocess,
+            "decode_image",
+            lambda data, cfg: (
+                np.zeros((3, 32, 32), np.uint8) if data == b"no picture" else decode(data, cfg)
+            ),
+        )
+        with pytest.raises(BundleError, match=r"row 99 must give the error .image not recog"):
+            Predictor(made, "cpu", "float32").check_golden()
+
+    def test_a_bundle_of_pairs_that_cannot_be_scored_is_not_made(self, made: Bundle) -> None:
+        with pytest.raises(BundleError, match="none of 1 samples can be scored: no image"):
+            golden_table(made, [replace(pair(0), image=None)])
