@@ -1,0 +1,233 @@
+"""Joining a Ray cluster, or starting one on this machine that ends with this process.
+
+``connect`` joins the cluster it is asked to (``RAY_ADDRESS``, which a submitted job finds set) or
+the one that ``ray start`` has left running on this machine; where there is none, it starts Ray
+here: no dashboard, quiet, gone with this process however it ends. ``RAY_ADDRESS=local`` always
+starts one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import yaml
+from ray._private import services, worker  # what is used of them is not to be had in public
+from ray.data import DataContext
+from ray.exceptions import AuthenticationError
+
+import mmray
+from mmray.errors import MmrayError
+
+#: What workers on other machines must know to reach the same storage. Credentials stay at home:
+#: nodes of a cluster have a role, or their own environment.
+PASSED_ON = (
+    "AWS_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL_S3",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_REQUEST_CHECKSUM_CALCULATION",
+)
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where a submitted job finds its runtime environment
+AUTOSCALER = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves what the cluster may grow to
+PROBE_SECONDS = 5
+ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine can pass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What the cluster has now; ``max_cpus`` and ``max_gpus`` are what it may grow to by itself."""
+
+    cpus: int
+    gpus: int
+    nodes: int
+    object_store_bytes: int
+    max_cpus: int
+    max_gpus: int
+
+
+def connect(*, num_cpus: int | None = None, log_to_driver: bool = False) -> Resources:
+    """Join or start Ray, once in a process, and say what there is to work with.
+
+    ``num_cpus`` limits a Ray that is started here; a cluster that is joined has its own.
+    ``log_to_driver`` shows what workers print. Raises MmrayError when the cluster cannot be joined.
+    """
+    if not ray.is_initialized():
+        address = _find_cluster()
+        if address:
+            _join(address, log_to_driver)
+        else:
+            _start(num_cpus, log_to_driver)
+        logging.getLogger("ray").setLevel(logging.WARNING)
+    _quiet_data()
+    return resources()
+
+
+def resources() -> Resources:
+    """What the connected cluster has now, and what its autoscaler may add."""
+    now: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cpus, gpus = int(now.get("CPU", 0)), int(now.get("GPU", 0))
+    return Resources(
+        cpus=cpus,
+        gpus=gpus,
+        nodes=sum(bool(node["Alive"]) for node in ray.nodes()),  # type: ignore[no-untyped-call]
+        object_store_bytes=int(now.get("object_store_memory", 0)),
+        max_cpus=max(cpus, _limit("CPU")),
+        max_gpus=max(gpus, _limit("GPU")),
+    )
+
+
+def _limit(resource: str) -> int:
+    """How much of ``resource`` the nodes may have that the autoscaler is allowed to start; 0 where
+    there is none.
+
+    The autoscaler of `ray up` tells nobody, but leaves its configuration on the head node, where
+    jobs run.
+    """
+    config, node = Path(AUTOSCALER).expanduser(), worker.global_worker.node
+    if node is None or node.is_head() or not config.is_file():  # a Ray of our own has no autoscaler
+        return 0
+    tree = yaml.safe_load(config.read_text(encoding="utf-8"))
+    kinds = [
+        (kind["resources"].get(resource, 0), kind.get("max_workers", 0))
+        for kind in tree["available_node_types"].values()
+    ]
+    limit, nodes = 0, int(tree["max_workers"])
+    for each, count in sorted(kinds, reverse=True):
+        limit += each * min(count, nodes)
+        nodes -= min(count, nodes)
+    return limit
+
+
+def disconnect() -> None:
+    """Leave the cluster; one that ``connect`` started ends."""
+    ray.shutdown()
+
+
+# --- starting ------------------------------------------------------------------------------------
+
+
+def _start(num_cpus: int | None, log_to_driver: bool) -> None:
+    """Start Ray here; its workers inherit this process's environment and import path."""
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=log_to_driver,
+                logging_level=logging.ERROR,  # not its note that the cluster has a token
+            )
+            return
+        except OSError as error:
+            raise MmrayError(
+                f"Ray did not start on this machine: {error}; it needs a temporary directory to "
+                "write to (RAY_TMPDIR), and ~/.ray for its access token (or RAY_AUTH_TOKEN)"
+            ) from error
+        # Ray raises a bare Exception here, and tells "slow" from "broken" only in its text.
+        except Exception as error:
+            ray.shutdown()
+            if attempt == ATTEMPTS or "timed out" not in str(error):
+                raise MmrayError(f"Ray did not start on this machine: {_line(error)}") from error
+            log.warning("Ray took too long to start; trying again")
+
+
+# --- joining -------------------------------------------------------------------------------------
+
+
+def _find_cluster() -> str | None:
+    """The cluster to join, as host:port; None to start one here."""
+    asked = os.environ.get("RAY_ADDRESS", "")
+    if asked == "local":
+        return None
+    if "://" in asked:
+        raise MmrayError(
+            f"RAY_ADDRESS={asked}: mmray does not drive a cluster through Ray Client; run it as a "
+            "job: ray job submit --working-dir . -- python jobs/score.py ..."
+        )
+    if asked and asked != "auto":
+        if not _answers(asked):
+            raise MmrayError(
+                f"no Ray cluster answers at {asked} (RAY_ADDRESS); start it, or unset RAY_ADDRESS "
+                "to run on this machine alone"
+            )
+        return asked
+    # Only a cluster that `ray start` announced: "auto" would also join a private one, which goes
+    # when the process that started it does.
+    found: str | None = services.find_bootstrap_address(None)
+    if found and _answers(found):
+        return found
+    if asked:
+        raise MmrayError("RAY_ADDRESS=auto: no Ray cluster runs on this machine; start it first")
+    return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_SECONDS).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _join(address: str, log_to_driver: bool) -> None:
+    # A job may have been submitted with some of these variables; what this command says wins.
+    os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
+    asked = os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(
+            address=address if asked else None,  # None: found here, where Ray finds the token too
+            log_to_driver=log_to_driver,
+            logging_level=logging.ERROR,
+            runtime_env=_runtime_env(),
+        )
+    except (AuthenticationError, ConnectionError, RuntimeError, ValueError) as error:
+        ray.shutdown()
+        if _wants_token(error):
+            raise MmrayError(
+                f"the Ray cluster at {address} refuses the access token of this process, or found "
+                "none; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to what "
+                "`ray get-auth-token` prints on its head node"
+            ) from error
+        raise MmrayError(f"cannot join the Ray cluster at {address}: {_line(error)}") from error
+
+
+def _wants_token(error: Exception) -> bool:
+    """Ray finds out on the way in, and names the reason in the text of the cause at best."""
+    return isinstance(error, AuthenticationError) or "AuthToken" in str(error.__cause__)
+
+
+def _runtime_env() -> dict[str, Any]:
+    """What workers elsewhere need of this process: where storage is, and this very mmray."""
+    environment: dict[str, Any] = {
+        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    }
+    job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
+    if "working_dir" not in job:  # else Ray has brought it
+        environment["py_modules"] = [str(Path(mmray.__file__).parent)]
+    return environment
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _quiet_data() -> None:
+    """Ray Data tells of every dataset and draws bars; mmray says what is done.
+
+    Its warnings are still shown, and its log file in Ray's session directory keeps all.
+    """
+    DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setLevel(logging.WARNING)

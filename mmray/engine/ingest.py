@@ -1,0 +1,206 @@
+"""Archive pieces -> a ``ray.data.Dataset`` of chunks.
+
+One row of the dataset is one whole chunk of samples, packed as Arrow IPC bytes. Ray may cut and
+join blocks as it likes; it can not cut inside a chunk, so a chunk is scored as the same batch in
+every run. Few long read tasks each walk a strip of pieces: a task a shard costs 15 ms of the
+driver, which a million shards cannot afford. A strip always yields the same chunks in the same
+order, as Ray assumes when it runs a read task again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import ray.data
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasource, ReadTask
+
+from mmray.archive import rows
+from mmray.archive.shards import Shard, read_shard
+from mmray.config import Columns
+from mmray.errors import StorageError
+
+CHUNK_ROWS = 256
+CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
+STRIP_PIECES = 64
+READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
+
+#: One chunk (``payload`` set), the end of a shard (``total`` set) or a failed read (``failure``).
+CHUNKS_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("payload", pa.large_binary()),
+        ("total", pa.int64()),
+        ("problem", pa.string()),
+        ("failure", pa.string()),
+        ("read_s", pa.float64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``[start, stop)`` of a shard (None: to its end), less the intervals already covered.
+
+    A ``whole`` piece reports the shard's total when it ends; a part of one does not know it.
+    """
+
+    shard: Shard
+    start: int = 0
+    stop: int | None = None
+    covered: tuple[tuple[int, int], ...] = ()
+    whole: bool = True
+
+    def skips(self, row: int) -> bool:
+        return any(start <= row < stop for start, stop in self.covered)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """How pieces are read: same for every piece of a dataset."""
+
+    columns: Columns = Columns()
+    fields: tuple[str, ...] = ()
+    images: bool = True
+    chunk_rows: int = CHUNK_ROWS
+    chunk_bytes: int = CHUNK_BYTES
+
+
+def chunks_dataset(
+    root: str,
+    pieces: Sequence[Piece],
+    options: ReadOptions = ReadOptions(),
+    *,
+    readers: int = 2,
+    cpus: float = READ_CPUS,
+) -> ray.data.Dataset:
+    """A dataset of ``CHUNKS_SCHEMA`` over ``pieces`` of the archive at ``root``.
+
+    ``readers`` is about how many read tasks will run at once; it sets how finely the plan is cut
+    into strips. ``cpus`` is what each of them takes: as much as a ``map_batches`` over whole blocks
+    that follows takes, and Ray runs both in one task. A storage failure travels as a row
+    (``failure``), for the consumer to raise.
+    """
+    strips = _strips(pieces, readers)
+    dataset: ray.data.Dataset = ray.data.read_datasource(
+        _Pieces(root, strips, options),
+        override_num_blocks=len(strips),
+        num_cpus=cpus,
+    )
+    dataset.context.target_max_block_size = 1  # every chunk leaves as soon as it is read
+    return dataset
+
+
+def samples_of(batch: pa.Table) -> Iterator[list[rows.Sample]]:
+    """The chunks of a batch of the dataset; raises StorageError for a failed read."""
+    for record in batch.to_pylist():
+        if record["failure"] is not None:
+            raise StorageError(record["failure"])
+        if record["payload"] is not None:
+            yield unpack(record["payload"])
+
+
+def pack(samples: Sequence[rows.Sample]) -> bytes:
+    sink = pa.BufferOutputStream()
+    table = rows.to_table(samples)
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def unpack(payload: bytes) -> list[rows.Sample]:
+    return rows.from_table(pa.ipc.open_stream(payload).read_all())
+
+
+class _Pieces(Datasource):
+    """Read tasks over strips of pieces, one task a strip."""
+
+    def __init__(self, root: str, strips: Sequence[Sequence[Piece]], options: ReadOptions) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._root, self._strips, self._options = root, strips, options
+
+    def get_name(self) -> str:
+        return "Pieces"
+
+    def estimate_inmemory_data_size(self) -> int:
+        return sum(piece.shard.size for strip in self._strips for piece in strip)
+
+    def get_read_tasks(
+        self,
+        parallelism: int,
+        per_task_row_limit: int | None = None,
+        data_context: ray.data.DataContext | None = None,
+    ) -> list[ReadTask]:
+        return [
+            ReadTask(
+                functools.partial(_read_strip, self._root, strip, self._options),
+                BlockMetadata(None, sum(p.shard.size for p in strip), None, None),
+                schema=CHUNKS_SCHEMA,
+            )
+            for strip in self._strips
+        ]
+
+
+def _strips(pieces: Sequence[Piece], readers: int) -> list[list[Piece]]:
+    """Deal the pieces, largest first, into strips of at most STRIP_PIECES."""
+    ordered = sorted(pieces, key=lambda piece: -piece.shard.size)
+    count = max(math.ceil(len(ordered) / STRIP_PIECES), min(len(ordered), readers * 8))
+    return [ordered[first::count] for first in range(count)]
+
+
+def _read_strip(root: str, strip: Sequence[Piece], options: ReadOptions) -> Iterator[pa.Table]:
+    for piece in strip:
+        try:
+            yield from _read_piece(root, piece, options)
+        except StorageError as error:
+            yield _row(piece.shard.path, failure=str(error))
+
+
+def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Table]:
+    stream = read_shard(
+        root,
+        piece.shard,
+        columns=options.columns,
+        fields=options.fields,
+        images=options.images,
+        start=piece.start,
+        stop=piece.stop,
+        skip=piece.skips if piece.covered else None,
+    )
+    began = time.perf_counter()
+    for chunk in rows.chunks(stream, options.chunk_rows, options.chunk_bytes):
+        if isinstance(chunk, rows.ShardEnd):
+            if piece.whole:
+                yield _row(piece.shard.path, chunk.rows, total=chunk.rows, problem=chunk.problem)
+            return
+        packed = pack(chunk)
+        seconds = time.perf_counter() - began
+        first, last = chunk[0].row, chunk[-1].row
+        yield _row(piece.shard.path, first, last + 1, payload=packed, read_s=seconds)
+        began = time.perf_counter()
+
+
+def _row(
+    shard: str,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    payload: bytes | None = None,
+    total: int | None = None,
+    problem: str | None = None,
+    failure: str | None = None,
+    read_s: float = 0.0,
+) -> pa.Table:
+    values = [shard, start, start if stop is None else stop, payload, total, problem, failure]
+    arrays = [
+        pa.array([value], type=field.type)
+        for value, field in zip([*values, read_s], CHUNKS_SCHEMA, strict=True)
+    ]
+    return pa.Table.from_arrays(arrays, schema=CHUNKS_SCHEMA)

@@ -1,0 +1,85 @@
+"""The scoring actor: a chunk of pairs in, its scores written as a part, a receipt out."""
+
+from __future__ import annotations
+
+import time
+
+import pyarrow as pa
+
+from mmray import ledger
+from mmray.archive import rows
+from mmray.engine import ingest
+from mmray.errors import MmrayError
+
+#: One a chunk, and one for the end of every shard (``total`` set). ``failure`` stops the run.
+RECEIPT_SCHEMA = pa.schema(
+    [
+        ("shard", pa.string()),
+        ("start", pa.int64()),
+        ("stop", pa.int64()),
+        ("total", pa.int64()),
+        ("problem", pa.string()),
+        ("failure", pa.string()),
+        ("set_aside", pa.int64()),
+        ("bytes", pa.int64()),
+        ("read_s", pa.float64()),
+        ("decode_s", pa.float64()),
+        ("predict_s", pa.float64()),
+        ("write_s", pa.float64()),
+    ]
+)
+
+
+class Scorer:
+    """Holds one Predictor; refuses to start when the bundle's golden pairs score otherwise."""
+
+    def __init__(
+        self, bundle: str, fingerprint: str, out: str, embeddings: bool, threads: int
+    ) -> None:
+        import torch
+
+        from mmray.bundle import load
+        from mmray.predict import Predictor
+
+        torch.set_num_threads(threads)
+        self._out, self._embeddings = out, embeddings
+        self._refusal: str | None = None
+        try:
+            loaded = load(bundle)
+            if loaded.fingerprint != fingerprint:
+                raise MmrayError(f"{bundle}: changed since the run began; score into another --out")
+            self._predictor = Predictor(loaded)
+            self._predictor.check_golden()
+        except MmrayError as error:
+            # Raised here it would reach the driver as a dead actor; as a receipt it is one line.
+            self._refusal = str(error)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        receipts = [self._receipt(record) for record in batch.to_pylist()]
+        return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
+
+    def _receipt(self, record: dict[str, object]) -> dict[str, object]:
+        kept = ("shard", "start", "stop", "total", "problem", "failure", "read_s")
+        receipt = {name: record[name] for name in kept}
+        payload = record["payload"]
+        if self._refusal is not None:
+            receipt["failure"] = self._refusal
+        elif isinstance(payload, bytes):
+            try:
+                receipt |= self._score(ingest.unpack(payload))
+                receipt["bytes"] = len(payload)
+            except MmrayError as error:
+                receipt["failure"] = str(error)
+        return receipt
+
+    def _score(self, samples: list[rows.Sample]) -> dict[str, object]:
+        scored = self._predictor.score(samples, embeddings=self._embeddings)
+        began = time.perf_counter()
+        first, last = samples[0], samples[-1]
+        ledger.write_part(self._out, first.shard, first.row, last.row + 1, scored.table)
+        return {
+            "set_aside": len(samples) - scored.table.column(rows.ERROR).null_count,
+            "decode_s": scored.seconds_prepare,
+            "predict_s": scored.seconds_predict,
+            "write_s": time.perf_counter() - began,
+        }

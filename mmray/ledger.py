@@ -1,0 +1,353 @@
+"""What a scoring run was asked, what is done and what is left. No Ray: files are the whole truth.
+
+OUT/scores/<shard>.parquet      a finished shard; that it exists is the commit record
+OUT/_run/run.json               what was asked, written before the first row is read
+OUT/_run/parts/<shard>/<a>-<b>.parquet   scored rows [a, b) of a shard still in work
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import uuid
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from mmray import storage
+from mmray.archive import rows
+from mmray.archive.shards import Shard
+from mmray.errors import ConfigError, Conflict, NotFound, StorageError
+
+FORMAT = 1
+SCORES, PARTS = "scores", "_run/parts"
+RUN, SUMMARY, REPORT = "_run/run.json", "_run/summary.json", "_run/report.html"
+METADATA_KEY = b"mmray"
+Interval = tuple[int, int]
+
+
+# --- what was asked ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One shard to score: all of it, or its first ``stop`` rows in a trial."""
+
+    shard: Shard
+    stop: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """``run.json``: everything a later command needs to go on, or to check."""
+
+    archive: str
+    bundle: str
+    fingerprint: str
+    labels: tuple[str, ...]
+    targets: tuple[Target, ...]
+    chunk_rows: int
+    embedding_dim: int | None = None
+    trial: str | None = None  # the --limit it was made with; null: whole shards
+    config: Mapping[str, Any] = field(default_factory=dict)
+    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: str = field(
+        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    )
+
+    def schema(self) -> pa.Schema:
+        return rows.scores_schema(self.labels, self.embedding_dim)
+
+    def to_json(self) -> str:
+        tree = {
+            "format": FORMAT,
+            "run_id": self.run_id,
+            "started": self.started,
+            "bundle": {"uri": self.bundle, "fingerprint": self.fingerprint},
+            "labels": list(self.labels),
+            "embedding_dim": self.embedding_dim,
+            "chunk_rows": self.chunk_rows,
+            "trial": self.trial,
+            "config": dict(self.config),
+            # Columns, not objects: a million shards stay a few tens of megabytes.
+            "archive": {
+                "uri": self.archive,
+                "paths": [t.shard.path for t in self.targets],
+                "sizes": [t.shard.size for t in self.targets],
+                "etags": [t.shard.etag for t in self.targets],
+                "kinds": [t.shard.kind for t in self.targets],
+                "stops": [t.stop for t in self.targets] if self.trial else None,
+            },
+        }
+        return json.dumps(tree, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Run:
+        try:
+            tree = json.loads(text)
+            if tree["format"] != FORMAT:
+                raise ConfigError(
+                    f"{where}: run format {tree['format']}, this version writes {FORMAT}"
+                )
+            listed = tree["archive"]
+            columns = (listed[name] for name in ("paths", "sizes", "etags", "kinds"))
+            shards = [Shard(*values) for values in zip(*columns, strict=True)]
+            stops = listed["stops"] or [None] * len(shards)
+            return cls(
+                archive=listed["uri"],
+                bundle=tree["bundle"]["uri"],
+                fingerprint=tree["bundle"]["fingerprint"],
+                labels=tuple(tree["labels"]),
+                targets=tuple(map(Target, shards, stops)),
+                chunk_rows=tree["chunk_rows"],
+                embedding_dim=tree["embedding_dim"],
+                trial=tree["trial"],
+                config=tree["config"],
+                run_id=tree["run_id"],
+                started=tree["started"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{where}: not a run.json of mmray ({error!r})") from None
+
+
+def read_run(out: str) -> Run:
+    """The run that OUT holds; raises NotFound when it holds none."""
+    uri = storage.join(out, RUN)
+    try:
+        return Run.from_json(storage.read_bytes(uri).decode(), uri)
+    except NotFound:
+        raise NotFound(f"{out}: holds no scoring run (no {RUN})") from None
+
+
+def open_run(out: str, asked: Run) -> tuple[Run, bool]:
+    """Begin a run in OUT, or go on with the one it holds; says whether it goes on.
+
+    Shards that are new in the archive join the run. Raises ConfigError, saying what differs, when
+    OUT belongs to another bundle, another archive or other options, or when a shard has changed.
+    """
+    uri = storage.join(out, RUN)
+    try:
+        storage.write_bytes(uri, asked.to_json().encode(), if_absent=True)
+        return asked, False
+    except Conflict:
+        held = read_run(out)
+    _refuse_differences(out, held, asked)
+    known = {target.shard.path for target in held.targets}
+    new = [target for target in asked.targets if target.shard.path not in known]
+    if new:
+        targets = sorted([*held.targets, *new], key=lambda target: target.shard.path)
+        held = replace(held, targets=tuple(targets), config=asked.config)
+        storage.write_bytes(uri, held.to_json().encode())
+    return held, True
+
+
+def _refuse_differences(out: str, held: Run, asked: Run) -> None:
+    pairs = {
+        "bundle fingerprint": (held.fingerprint, asked.fingerprint),
+        "archive": (held.archive, asked.archive),
+        "trial (--limit)": (held.trial, asked.trial),
+        "embedding width": (held.embedding_dim, asked.embedding_dim),
+        "chunk rows": (held.chunk_rows, asked.chunk_rows),
+    }
+    for name, (had, wanted) in pairs.items():
+        if had != wanted:
+            raise ConfigError(
+                f"{out}: holds scores of another run; {name}: it has {had or 'none'}, this command "
+                f"asks for {wanted or 'none'}; choose another --out, or delete that one"
+            )
+    before = {target.shard.path: target.shard for target in held.targets}
+    changed = [
+        t.shard.path
+        for t in asked.targets
+        if (old := before.get(t.shard.path))
+        and (old.size, old.etag) != (t.shard.size, t.shard.etag)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{out}: {len(changed)} shard(s) changed in the archive since they were listed, first "
+            f"{changed[0]}; score them into another --out"
+        )
+
+
+# --- what is done --------------------------------------------------------------------------------
+
+
+def scores_uri(out: str, shard: str) -> str:
+    return storage.join(out, SCORES, shard + ".parquet")
+
+
+def done_shards(out: str) -> set[str]:
+    """Paths of the shards whose scores are committed: one listing, nothing opened."""
+    return {
+        item.path.removesuffix(".parquet")
+        for item in _listing(storage.join(out, SCORES))
+        if item.path.endswith(".parquet")
+    }
+
+
+def covered(out: str) -> dict[str, list[Interval]]:
+    """Row intervals of the parts that lie in OUT, by shard, in order."""
+    found: dict[str, list[Interval]] = {}
+    for item in _listing(storage.join(out, PARTS)):
+        shard, _, name = item.path.rpartition("/")
+        start, _, stop = name.removesuffix(".parquet").partition("-")
+        found.setdefault(shard, []).append((int(start), int(stop)))
+    return {shard: sorted(intervals) for shard, intervals in found.items()}
+
+
+def gaps(intervals: Iterable[Interval], start: int, stop: int) -> list[Interval]:
+    """What of ``[start, stop)`` the sorted ``intervals`` leave out."""
+    missing = []
+    for a, b in intervals:
+        if a > start:
+            missing.append((start, min(a, stop)))
+        start = max(start, b)
+        if start >= stop:
+            return missing
+    return [*missing, (start, stop)] if start < stop else missing
+
+
+def joined(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same rows in as few sorted intervals as there can be."""
+    merged: list[Interval] = []
+    for start, stop in sorted(intervals):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return merged
+
+
+def _listing(root: str) -> Iterable[storage.Object]:
+    try:
+        yield from storage.list_objects(root)
+    except NotFound:
+        return
+
+
+# --- parts and the commit ------------------------------------------------------------------------
+
+
+def part_uri(out: str, shard: str, start: int, stop: int) -> str:
+    return storage.join(out, PARTS, shard, f"{start:012d}-{stop:012d}.parquet")
+
+
+def write_part(out: str, shard: str, start: int, stop: int, scores: pa.Table) -> None:
+    """Keep the scores of rows ``[start, stop)``; written again, it is the same file."""
+    storage.write_bytes(part_uri(out, shard, start, stop), _to_bytes(scores))
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """The metadata of one score file: what came in, what went out, and by whom."""
+
+    shard: str
+    rows: int
+    scored: int
+    set_aside: int
+    reasons: Mapping[str, int]
+    labels: Mapping[str, int]
+    problem: str | None
+    input_size: int
+    input_etag: str
+    fingerprint: str
+    run_id: str
+
+
+def commit(out: str, run: Run, target: Target, total: int, problem: str | None) -> ShardRecord:
+    """Merge a shard's parts into its score file, one atomic put, then drop the parts.
+
+    Raises AssertionError when the parts do not cover rows ``[0, total)``: the caller's bug.
+    """
+    path = target.shard.path
+    merged = _merge(out, path, covered_shard(out, path), total, run.schema())
+    record = _record(run, target, merged, problem)
+    metadata = {METADATA_KEY: json.dumps(asdict(record), ensure_ascii=False).encode()}
+    data = _to_bytes(merged.replace_schema_metadata(metadata))
+    storage.write_bytes(scores_uri(out, path), data)
+    drop_parts(out, path)
+    return record
+
+
+def covered_shard(out: str, shard: str) -> list[Interval]:
+    """Row intervals of one shard's parts, in order."""
+    listed = _listing(storage.join(out, PARTS, shard))
+    names = [item.path.removesuffix(".parquet").partition("-") for item in listed]
+    return sorted((int(start), int(stop)) for start, _, stop in names)
+
+
+def drop_parts(out: str, shard: str) -> None:
+    storage.delete_all(storage.join(out, PARTS, shard))
+
+
+def _merge(
+    out: str, shard: str, intervals: Sequence[Interval], total: int, schema: pa.Schema
+) -> pa.Table:
+    """Rows [0, total) in order, each once: where parts overlap, the earlier one's row counts."""
+    tables, position = [], 0
+    for start, stop in intervals:
+        if stop <= position or start >= total:
+            continue
+        if start > position:
+            break
+        part = read_scores(part_uri(out, shard, start, stop))
+        tables.append(part.slice(position - start, min(stop, total) - position))
+        position = min(stop, total)
+    if position != total:
+        raise AssertionError(f"{shard}: parts cover rows up to {position}, not {total}")
+    merged = pa.concat_tables([schema.empty_table(), *tables]).combine_chunks()
+    if merged.column(rows.ROW).to_pylist() != list(range(total)):
+        raise AssertionError(f"{shard}: parts do not hold the rows their names say")
+    return merged
+
+
+def _record(run: Run, target: Target, scores: pa.Table, problem: str | None) -> ShardRecord:
+    errors = scores.column(rows.ERROR).drop_null().to_pylist()
+    labels = pc.value_counts(scores.column(rows.LABEL).drop_null()).to_pylist()
+    return ShardRecord(
+        shard=target.shard.path,
+        rows=scores.num_rows,
+        scored=scores.num_rows - len(errors),
+        set_aside=len(errors),
+        reasons=dict(Counter(rows.reason(error) for error in errors).most_common()),
+        labels={item["values"]: item["counts"] for item in labels},
+        problem=problem,
+        input_size=target.shard.size,
+        input_etag=target.shard.etag,
+        fingerprint=run.fingerprint,
+        run_id=run.run_id,
+    )
+
+
+def _to_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return bytes(sink.getvalue())
+
+
+# --- reading back --------------------------------------------------------------------------------
+
+
+def read_scores(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """A score file or part. Raises StorageError when it is no whole Parquet file."""
+    with storage.open_read(uri) as stream:
+        try:
+            return pq.ParquetFile(stream).read(columns=columns)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise StorageError(f"{uri}: not a whole Parquet file: {error}") from None
+
+
+def read_record(uri: str) -> tuple[ShardRecord, int]:
+    """A score file's own record, and how many rows its footer counts; nothing else is read."""
+    with storage.open_read(uri) as stream:
+        try:
+            footer = pq.ParquetFile(stream)
+            kept = (footer.schema_arrow.metadata or {})[METADATA_KEY]
+            return ShardRecord(**json.loads(kept)), footer.metadata.num_rows
+        except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
+            raise StorageError(f"{uri}: not a whole score file: {error!r}") from None

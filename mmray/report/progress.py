@@ -1,0 +1,106 @@
+"""A live line in a terminal, plain lines in a log: done of total, rate, ETA, set aside."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TextIO
+
+TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0
+WIPE = "\r\x1b[2K"
+
+
+class Console:
+    """Where a person watches: ``say`` prints a line, ``show`` replaces the live one.
+
+    In a terminal the live line is redrawn in place; elsewhere it is printed now and then.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._terminal = self._stream.isatty()
+        self._shown = 0.0
+        self._live = False
+
+    def say(self, line: str) -> None:
+        self._stream.write((WIPE if self._live else "") + line + "\n")
+        self._stream.flush()
+        self._live = False
+
+    def show(self, line: Callable[[], str], *, force: bool = False) -> None:
+        now = time.monotonic()
+        if not force and now - self._shown < (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
+            return
+        self._shown = now
+        if self._terminal:
+            self._stream.write(WIPE + line())
+            self._stream.flush()
+            self._live = True
+        else:
+            self.say(line())
+
+    def end(self) -> None:
+        """Leave the live line standing and go to the next."""
+        if self._live:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._live = False
+
+
+def duration(seconds: float) -> str:
+    """``75`` -> ``1m15s``; ``40`` -> ``40s``; ``7300`` -> ``2h01m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def share(done: int, total: int | None, what: str) -> str:
+    """``120 of 300 (40%) shards read``; without a total, just the count."""
+    return f"{done:,} of {total:,} ({done / total:.0%}) {what}" if total else f"{done:,} {what}"
+
+
+@dataclass
+class Meter:
+    """Rows and bytes done of a total known in bytes beforehand and in rows only as shards end."""
+
+    total_bytes: int
+    total_shards: int
+    done_bytes: int = 0
+    done_shards: int = 0
+    rows: int = 0
+    set_aside: int = 0
+    resumed_bytes: int = 0
+    stages: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.monotonic)
+
+    def spend(self, stage: str, seconds: float) -> None:
+        self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    def line(self) -> str:
+        share = self.done_bytes / self.total_bytes if self.total_bytes else 1.0
+        fresh = self.done_bytes - self.resumed_bytes
+        rate = self.rows / self.seconds if self.seconds else 0.0
+        left = self.total_bytes - self.done_bytes
+        eta = duration(left * self.seconds / fresh) if fresh > 0 else "?"
+        estimate = f"~{round(self.rows * (left + fresh) / fresh):,}" if fresh > 0 else "?"
+        return (
+            f"{share:4.0%}  rows {self.rows:,} of {estimate}  "
+            f"shards {self.done_shards:,}/{self.total_shards:,}  {rate:,.0f} rows/s  "
+            f"ETA {eta}  set aside {self.set_aside:,}{self._bottleneck()}"
+        )
+
+    def _bottleneck(self) -> str:
+        total = sum(self.stages.values())
+        if not total:
+            return ""
+        stage, seconds = max(self.stages.items(), key=lambda item: item[1])
+        return f"  mostly {stage} ({seconds / total:.0%})"

@@ -1,0 +1,110 @@
+"""Starting Ray here, or not joining the wrong cluster; tests/test_jobs.py joins a real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+START = """
+import json, time
+from mmray.engine import cluster
+cluster.connect(num_cpus=2)
+found = cluster.connect()
+print(json.dumps([found.cpus, found.nodes, found.object_store_bytes > 0]), flush=True)
+time.sleep(600)
+"""
+
+REFUSED = """
+import json, os, sys
+from mmray.engine import cluster
+from mmray.errors import MmrayError
+said = []
+for address in json.loads(sys.argv[1]):
+    os.environ["RAY_ADDRESS"] = address
+    try:
+        cluster.connect()
+    except MmrayError as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Ray's temporary directory and home, empty; short, as sockets live below it."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def environment(place: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {**kept, "HOME": str(place), "RAY_TMPDIR": str(place)}
+
+
+def processes(place: Path) -> list[str]:
+    """Command lines of the running processes that name ``place``."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:  # it has just ended
+            continue
+        line = b" ".join(words).decode(errors="replace")
+        if str(place) in line:
+            found.append(line)
+    return found
+
+
+def test_a_ray_started_here_ends_with_the_process_that_started_it(place: Path) -> None:
+    driver = subprocess.Popen(
+        [sys.executable, "-c", START],
+        cwd=ROOT,
+        env=environment(place),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert driver.stdout is not None and driver.stderr is not None
+    try:
+        line = driver.stdout.readline()
+        assert line, driver.stderr.read()
+        assert json.loads(line) == [2, 1, True]
+        assert any("raylet" in process for process in processes(place))
+    finally:
+        driver.kill()
+    assert "token" not in driver.stderr.read(), "that there is one is no news to a user"
+    driver.wait()
+    deadline = time.monotonic() + 60
+    while (left := processes(place)) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert not left, "killed, it leaves Ray behind"
+
+
+def test_a_cluster_that_cannot_be_joined_is_an_error_and_starts_none(place: Path) -> None:
+    asked = ["ray://head:10001", "127.0.0.1:1", "auto", "nonsense"]
+    ran = subprocess.run(
+        [sys.executable, "-c", REFUSED, json.dumps(asked)],
+        cwd=ROOT,
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    client, dead, none, nonsense = json.loads(ran.stdout)
+    assert "ray job submit" in client
+    assert "127.0.0.1:1 (RAY_ADDRESS)" in dead
+    assert "RAY_ADDRESS=auto: no Ray cluster runs on this machine" in none
+    assert "nonsense" in nonsense
+    assert not processes(place)

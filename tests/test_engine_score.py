@@ -1,0 +1,291 @@
+"""Scoring on a real Ray: every pair comes out exactly once, whatever happens on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+from ray import cloudpickle
+
+from mmray import bundle as bundles
+from mmray import ledger, storage
+from mmray.archive.rows import Sample
+from mmray.archive.shards import list_shards, read_shard
+from mmray.engine import score as engine
+from mmray.engine.scorer import Scorer
+from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.predict import Predictor
+from mmray.report.progress import Console
+from mmray.verify import verify
+
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
+
+BROKEN = [
+    ("bad0.jpg", tiny.jpeg(7)[:300]),
+    ("bad0.txt", b"cut in the middle"),
+    ("bad1.txt", b"no picture at all"),
+    ("bad2.jpg", tiny.jpeg(8)),
+    ("bad3.jpg", b""),
+    ("bad3.txt", b"an empty picture"),
+    ("bad4.jpg", tiny.jpeg(9)),
+    ("bad4.png", tiny.jpeg(10)),
+    ("bad4.txt", b"two pictures"),
+    ("bad5.jpg", tiny.jpeg(11)),
+    ("bad5.txt", b"\xff\xfe not text"),
+]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny.bundle(str(tmp_path_factory.mktemp("bundles") / "one"))
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good and bad pairs in folders, an empty tar, a cut tar, and a file that is no tar."""
+    root = tmp_path_factory.mktemp("archive")
+    tiny.write_tar(root / "2024" / "a.tar", [*tiny.members(9), *BROKEN, *tiny.members(3, 50)])
+    tiny.write_archive(root / "2025", [5, 0, 12])
+    cut = tiny.write_tar(root / "cut.tar", tiny.members(6))
+    cut.write_bytes(cut.read_bytes()[:-9000])
+    (root / "none.tar").write_bytes(b"this is no tar at all, only its name says so" * 40)
+    return root
+
+
+def run(bundle: str, archive: object, out: object, **options: object) -> dict[str, object]:
+    chosen = engine.ScoreOptions(**{"chunk_rows": 4, **options})
+    return engine.score(bundle, str(archive), str(out), chosen, Console())
+
+
+def content(out: object) -> dict[str, pa.Table]:
+    root = storage.join(str(out), ledger.SCORES)
+    return {
+        item.path: ledger.read_scores(storage.join(root, item.path)).replace_schema_metadata(None)
+        for item in storage.list_objects(root)
+    }
+
+
+def expected(bundle: str, archive: Path, chunk_rows: int = 4) -> dict[str, pa.Table]:
+    """What a plain loop over the archive with the same Predictor gives; no Ray, no parts."""
+    predictor = Predictor(bundles.load(bundle))
+    tables = {}
+    for shard in list_shards(str(archive)):
+        samples = [s for s in read_shard(str(archive), shard) if isinstance(s, Sample)]
+        chunks = [samples[i : i + chunk_rows] for i in range(0, len(samples), chunk_rows)]
+        scored = [predictor.score_table(chunk) for chunk in chunks]
+        empty = ledger.rows.scores_schema(tiny.LABELS).empty_table()
+        tables[shard.path + ".parquet"] = pa.concat_tables([empty, *scored]).combine_chunks()
+    return tables
+
+
+@pytest.mark.usefixtures("ray_cluster")
+class TestOneRun:
+    def test_rows_out_are_rows_in_with_the_scores_of_a_plain_loop(
+        self, bundle: str, archive: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        summary = run(bundle, archive, tmp_path)
+        assert content(tmp_path) == expected(bundle, archive)
+        verdict = verify(str(tmp_path))
+        assert verdict.ok and verdict.rows == summary["rows"] == 9 + 6 + 3 + 17 + 6
+        aside = {
+            row["key"]: row["error"].split(":")[0]
+            for row in content(tmp_path)["2024/a.tar.parquet"].to_pylist()
+            if row["error"]
+        }
+        assert aside == {
+            "bad0": "image truncated",
+            "bad1": "no image",
+            "bad2": "no caption",
+            "bad3": "image empty",
+            "bad4": "two images under one key",
+            "bad5": "caption not UTF-8",
+        }
+        problems = {item["shard"]: item["problem"] for item in summary["problems"]}
+        assert problems.keys() == {"cut.tar", "none.tar"}
+        assert "set aside" in capsys.readouterr().err
+
+        before = {p: p.stat().st_mtime_ns for p in (tmp_path / "scores").rglob("*.parquet")}
+        again = run(bundle, archive, tmp_path)
+        assert "nothing to do" in capsys.readouterr().err
+        assert again["rows"] == summary["rows"] and again["seconds"] == summary["seconds"]
+        assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "scores").rglob("*.parquet")}
+
+        other = tiny.bundle(str(tmp_path / "other"), seed=1)
+        with pytest.raises(ConfigError, match="bundle fingerprint"):
+            run(other, archive, tmp_path)
+
+    def test_parts_of_an_earlier_command_are_not_scored_again(
+        self, bundle: str, archive: Path, tmp_path: Path
+    ) -> None:
+        run(bundle, archive, tmp_path / "whole")
+        whole = ledger.read_scores(ledger.scores_uri(str(tmp_path / "whole"), "2025/00002.tar"))
+        out = str(tmp_path / "half")
+        marked = whole.slice(4, 4).set_column(2, "key", pa.array(["kept"] * 4))
+        ledger.write_part(out, "2025/00002.tar", 4, 8, marked)
+        run(bundle, archive, out)
+        rows = content(out)["2025/00002.tar.parquet"]
+        assert rows.column("key").to_pylist()[4:8] == ["kept"] * 4
+        assert rows.drop(["key"]) == whole.replace_schema_metadata(None).drop(["key"])
+
+    def test_s3_to_s3(self, bundle: str, archive: Path, s3_endpoint: Any) -> None:
+        s3_bucket = s3_endpoint.bucket()
+        for source, name in ((archive, "archive"), (Path(bundle), "bundle")):
+            for item in storage.list_objects(str(source)):
+                data = storage.read_bytes(storage.join(str(source), item.path))
+                storage.write_bytes(storage.join(s3_bucket, name, item.path), data)
+        out = storage.join(s3_bucket, "out")
+        run(storage.join(s3_bucket, "bundle"), storage.join(s3_bucket, "archive"), out)
+        assert content(out) == expected(bundle, archive)
+        assert verify(out).ok
+        assert not ledger.covered(out)
+
+    def test_a_trial_by_rows_and_by_shards(
+        self, bundle: str, archive: Path, tmp_path: Path
+    ) -> None:
+        whole = expected(bundle, archive)
+        summary = run(bundle, archive, tmp_path / "rows", limit=20)
+        assert summary["rows"] == 20 and verify(str(tmp_path / "rows")).ok
+        trial = content(tmp_path / "rows")
+        some, full = trial["2025/00000.tar.parquet"], whole["2025/00000.tar.parquet"].slice(0, 2)
+        assert some.drop(["p_calm", "p_wild"]) == full.drop(["p_calm", "p_wild"])
+        assert some["p_calm"].to_pylist() == pytest.approx(full["p_calm"].to_pylist(), abs=1e-5)
+        with pytest.raises(ConfigError, match="trial"):
+            run(bundle, archive, tmp_path / "rows")
+
+        summary = run(bundle, archive, tmp_path / "shards", shards="2025/*")
+        assert summary["shards_done"] == 3 and verify(str(tmp_path / "shards")).ok
+        run(bundle, archive, tmp_path / "shards")
+        assert content(tmp_path / "shards") == whole and verify(str(tmp_path / "shards")).ok
+
+    def test_embeddings_are_written_beside_the_scores(
+        self, bundle: str, archive: Path, tmp_path: Path
+    ) -> None:
+        run(bundle, archive, tmp_path, embeddings=True, shards="2024/*")
+        table = content(tmp_path)["2024/a.tar.parquet"]
+        assert table.schema.field("embedding").type == pa.list_(pa.float16(), 16)
+        assert table.column("embedding").null_count == 6
+        assert table.drop(["embedding"]) == expected(bundle, archive)["2024/a.tar.parquet"]
+
+    def test_the_error_budget_stops_a_run_that_goes_on_with_a_larger_one(
+        self, bundle: str, tmp_path: Path
+    ) -> None:
+        pairs = [*tiny.members(100), *[(f"bad{i}.txt", b"no picture") for i in range(20)]]
+        tiny.write_tar(tmp_path / "archive" / "a.tar", pairs)
+        with pytest.raises(RunError, match="max-errors") as caught:
+            run(bundle, tmp_path / "archive", tmp_path / "out", max_errors=0.001)
+        assert caught.value.exit_code == 1
+        summary = run(bundle, tmp_path / "archive", tmp_path / "out", max_errors=0.5)
+        assert (summary["rows"], summary["set_aside"]) == (120, 20)
+
+    def test_a_bundle_that_scores_otherwise_than_its_golden_pairs_is_refused(
+        self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine, "Scorer", OffScorer)
+        with pytest.raises(MmrayError, match="golden"):
+            run(bundle, archive, tmp_path)
+
+    def test_a_row_that_kills_its_worker_is_set_aside_alone(
+        self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine, "Scorer", MortalScorer)
+        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2)
+        rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
+        assert [row["key"] for row in rows if row["error"]] == [KILLER]
+        assert summary["reasons"] == {"worker died": 1}
+        assert summary["rows"] == 17 and verify(str(tmp_path)).ok
+
+
+KILLER = "00007"
+
+
+class MortalScorer(Scorer):
+    """Dies like a decoder that crashes whenever it is given one certain row."""
+
+    def _score(self, samples: list[Sample]) -> dict[str, object]:
+        if any(sample.key == KILLER for sample in samples):
+            os._exit(1)
+        return super()._score(samples)
+
+
+class OffScorer(Scorer):
+    """Runs where the same weights give other scores."""
+
+    def __init__(self, *args: object) -> None:
+        forward = Predictor._run
+
+        def off(self: Predictor, batch: object) -> object:
+            outputs = forward(self, batch)
+            outputs.probabilities[:] = outputs.probabilities[:, ::-1]
+            return outputs
+
+        Predictor._run = off
+        try:
+            super().__init__(*args)
+        finally:
+            Predictor._run = forward
+
+
+# --- the command, killed -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough work to be interrupted: 4,500 pairs in three tars."""
+    root = tmp_path_factory.mktemp("large")
+    pictures = [tiny.jpeg(i, size=640) for i in range(8)]
+    for shard in range(3):
+        pairs = []
+        for i in range(1500):
+            pairs += [(f"{i:05d}.jpg", pictures[i % 8]), (f"{i:05d}.txt", tiny.caption(i).encode())]
+        tiny.write_tar(root / f"{shard:05d}.tar", pairs)
+    return root
+
+
+def command(bundle: str, archive: Path, out: Path) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "mmray", "score", bundle, str(archive), "--out", str(out)]
+    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+
+
+def scored_files(out: Path) -> set[Path]:
+    return {p for p in out.rglob("*.parquet") if p.is_relative_to(out / "_run" / "parts")}
+
+
+def wait_for_more(process: subprocess.Popen[str], out: Path, before: set[Path]) -> None:
+    """Until the command has written something new, or has ended."""
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if scored_files(out) - before:
+            return
+        time.sleep(0.05)
+
+
+def test_kill_9_and_ctrl_c_leave_a_run_that_the_same_command_finishes(
+    bundle: str, large_archive: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
+        process = command(bundle, large_archive, out)
+        wait_for_more(process, out, scored_files(out))
+        assert process.poll() is None, "the archive is too small to interrupt its scoring"
+        process.send_signal(how)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+    kept = {p: p.stat().st_mtime_ns for p in scored_files(out)}
+    assert kept
+    process = command(bundle, large_archive, out)
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    assert "going on" in err
+    assert content(out) == expected(bundle, large_archive, chunk_rows=256)
+    assert verify(str(out)).ok and not scored_files(out)
+    for file in (out / "scores").iterdir():
+        assert pq.read_metadata(file).num_rows == 1500
