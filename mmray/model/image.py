@@ -197,7 +197,7 @@ def build(cfg: ImageModel, *, image_size: int) -> ImageEncoder:
         encoder = SmallCNN(cfg.normalize)
     else:
         encoder = Torchvision(cfg.encoder, cfg.normalize, width=cfg.width, image_size=image_size)
-    encoder.settle(pretrained=cfg.weights is not None, frozen=cfg.freeze)
+    encoder.settle(pretrained=cfg.weights is not None, frozen=cfg.frozen)
     # float kernels of convolutions run fastest on channels-last memory
     return encoder.to(memory_format=torch.channels_last)
 

@@ -1,0 +1,67 @@
+"""Where a training run stands, as files: enough to go on inside an epoch, with another number of
+workers if need be.
+
+    state.json          epoch, step, what the epoch has summed up so far, the epochs before it
+    model.safetensors   weights
+    optimizer.pt        optimizer state; read with torch's ``weights_only``, so it runs no code
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+STATE, MODEL, OPTIMIZER = "state.json", "model.safetensors", "optimizer.pt"
+
+
+@dataclass(slots=True)
+class State:
+    """``step`` steps of epoch ``epoch`` (both 0-based) are done; ``loss_sum`` over ``rows`` is this
+    epoch's so far. ``epochs`` has what was measured after each epoch, ``best`` the best of them
+    with its full report."""
+
+    epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    rows: int = 0
+    seconds: float = 0.0  # of training, over all sittings
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best: dict[str, Any] | None = None
+
+
+def save(
+    folder: str | Path, state: State, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Write the three files into ``folder``."""
+    base = Path(folder)
+    (base / MODEL).write_bytes(pack_weights(model))
+    torch.save(optimizer.state_dict(), base / OPTIMIZER)
+    (base / STATE).write_text(json.dumps(asdict(state)), encoding="utf-8")
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> State:
+    """Put weights and optimizer back, in place; where the run stood."""
+    base = Path(folder)
+    model.load_state_dict(safetensors.torch.load((base / MODEL).read_bytes()))
+    optimizer.load_state_dict(
+        torch.load(base / OPTIMIZER, map_location=device, weights_only=True)
+    )
+    return State(**json.loads((base / STATE).read_text(encoding="utf-8")))
+
+
+def pack_weights(model: nn.Module) -> bytes:
+    """All of a model's tensors as safetensors."""
+    # Cloned: safetensors refuses tensors that share memory; contiguous: kernels lie channels-last.
+    tensors = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+    return safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})

@@ -1,0 +1,404 @@
+"""Train a model on an archive's labelled pairs and write its bundle.
+
+plan (no Ray) -> scan every row's label -> split -> tokenizer -> prepare rows -> Ray Train around
+``learn`` -> bundle. A run that was stopped, however, goes on from its last checkpoint when the
+same command is given again; one that is finished does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.train
+
+from mmray import splits, storage
+from mmray.archive import rows
+from mmray.archive.shards import read_shard
+from mmray.bundle import Bundle, Training, make
+from mmray.config import TrainConfig
+from mmray.engine import cluster, rundir
+from mmray.engine.board import Board
+from mmray.engine.plan import Plan, absolute, initial_weights, make_plan, spec_of
+from mmray.engine.prepared import PreparedSet, Recipe, Wanted, prepare
+from mmray.engine.scan import archive_shards, by_shard, scan
+from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.preprocess import TextTokenizer, train_tokenizer
+from mmray.report.progress import duration
+
+if TYPE_CHECKING:
+    from mmray.model import ModelSpec
+
+SAY_SECONDS = 10.0  # between lines of progress
+SAVE_SECONDS = 120.0  # between checkpoints inside an epoch
+KEEP_CHECKPOINTS = 2
+WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
+GOLDEN_CANDIDATES = 128  # dev rows that golden pairs are chosen from
+MEMORY_SHARE = 0.8  # of the object store, for prepared rows
+GPU_WORKER_CPUS = 4
+
+#: Defaults for Ray's own part, which knows them by no other way.
+ENVIRONMENT = {
+    # Checkpoints go out through Arrow, whose checksums some S3 clones refuse with 411.
+    "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
+    # A report waits until the controller looks: by default for 2 s, longer than a small epoch.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What a training run came to. ``metrics`` is that of the bundle: ``dev`` (the report over all
+    dev rows after the best epoch), ``epoch`` (the best, 1-based) and ``epochs`` (all of them)."""
+
+    bundle: str
+    fingerprint: str
+    metrics: Mapping[str, Any]
+    trained: bool  # False: it was there already
+    seconds: float  # of this command
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def train(cfg: TrainConfig, *, progress: Progress) -> TrainResult:
+    """Train what ``cfg`` says; ``progress`` gets a line now and then.
+
+    Raises ConfigError before Ray starts for what can be known by then, RunError when training
+    fails, KeyboardInterrupt when it was stopped (the same call then goes on).
+    """
+    began = time.monotonic()
+    cfg = absolute(cfg)
+    shards = archive_shards(cfg.data.archive)
+    if (manifest := rundir.finished(cfg, shards)) is not None:
+        place = rundir.place_of(cfg)
+        if rundir.is_open(place):  # killed between the bundle and the tidying up
+            rundir.close(place, cfg, shards, manifest.metrics)
+        progress(f"nothing to do: {cfg.out} holds the finished bundle of this config")
+        seconds = time.monotonic() - began
+        return TrainResult(cfg.out, manifest.fingerprint, manifest.metrics, False, seconds)
+    plan = make_plan(cfg, shards)
+    bundle = _Training(plan, progress).run()
+    rundir.close(plan.place, cfg, shards, bundle.metrics)
+    seconds = time.monotonic() - began
+    progress(f"bundle {bundle.fingerprint[:12]} in {duration(seconds)}: {cfg.out}")
+    return TrainResult(cfg.out, bundle.fingerprint, bundle.metrics, True, seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    """What scan and split came to: ``rows`` of ``scan.SCANNED_SCHEMA`` in order of (shard, row)."""
+
+    rows: pa.Table
+    split: splits.Split
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.split.labels.names
+
+    def captions(self) -> list[str]:
+        """Those to train a tokenizer on."""
+        training = pc.fill_null(pc.equal(self.split.sides, splits.TRAIN), False)
+        captions: list[str] = self.rows[rows.CAPTION].filter(training).drop_null().to_pylist()
+        return captions
+
+    def wanted(self) -> dict[str, Wanted]:
+        """Which rows to prepare, by shard."""
+        used, dev = (
+            mask.to_numpy(zero_copy_only=False)
+            for mask in (
+                pc.is_valid(self.split.sides),
+                pc.fill_null(pc.equal(self.split.sides, splits.DEV), False),
+            )
+        )
+        codes = np.where(used, self.split.labels.codes(self.rows[rows.LABEL]), -1)
+        classes = by_shard(self.rows, codes.astype(np.int32))
+        devs = by_shard(self.rows, dev)
+        return {
+            shard: Wanted(codes, devs[shard])
+            for shard, codes in classes.items()
+            if (codes >= 0).any()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Workers:
+    count: int
+    gpu: bool
+    cpus: int  # of each
+
+
+def choose_workers(cfg: TrainConfig, have: cluster.Resources, nodes: Sequence[int]) -> _Workers:
+    """One worker a GPU, else two on the CPUs, unless the config says; CPUs are shared out evenly.
+
+    ``nodes``: CPUs of each node there is. Raises ConfigError when the cluster has not got what is
+    asked, and cannot grow to it.
+    """
+    gpu = cfg.train.use_gpu if cfg.train.use_gpu is not None else have.max_gpus > 0
+    count = cfg.train.num_workers or (max(1, have.gpus) if gpu else max(1, min(have.cpus, 2)))
+    most, what = (have.max_gpus, "GPUs") if gpu else (have.max_cpus, "CPUs")
+    if count > most:
+        asked = cfg.train.num_workers
+        wrong = "use_gpu: got true" if asked is None else f"num_workers: got {asked}"
+        raise ConfigError(f"train.{wrong}; the cluster has {most} {what}, each worker needs one")
+    each = max(1, have.cpus // count)
+    while each > 1 and sum(node // each for node in nodes) < count:
+        each -= 1
+    return _Workers(count, gpu, min(each, GPU_WORKER_CPUS) if gpu else each)
+
+
+class _Training:
+    """One command's work on a run that has a plan."""
+
+    def __init__(self, plan: Plan, progress: Progress) -> None:
+        self.plan, self.cfg, self.say = plan, plan.cfg, progress
+
+    def run(self) -> Bundle:
+        plan, cfg = self.plan, self.cfg
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        resources = cluster.connect()
+        self.readers = max(1, resources.cpus)
+        every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        nodes = [node["Resources"] for node in every if node["Alive"]]
+        workers = choose_workers(cfg, resources, [int(node.get("CPU", 0)) for node in nodes])
+        if not plan.resumed:
+            rundir.begin(plan.place, cfg, plan.shards)
+        with Board(self.say) as board:
+            data = self._scan_and_split(board)
+            tokenizer = self._tokenizer(data)
+            if cfg.model.uses_image:
+                self._check_memory(data, [node.get("object_store_memory", 0) for node in nodes])
+            ready = self._prepare(data, tokenizer, board)
+            spec = spec_of(cfg, len(data.labels), tokenizer)
+            start = initial_weights(cfg, spec)
+            done = self._fit(spec, data.labels, ready, start, workers, board)
+        return self._bundle(spec, data, ready, tokenizer, start, done)
+
+    # --- rows ----------------------------------------------------------------------------------
+
+    def _scan_and_split(self, board: Board) -> _Data:
+        plan, cfg = self.plan, self.cfg
+        self.say(f"reading {len(plan.shards):,} shards of {plan.archive}")
+        found = board.attend(
+            lambda: scan(
+                plan.archive,
+                plan.shards,
+                columns=cfg.data.columns,
+                label=cfg.data.label,
+                split=cfg.data.split,
+                captions=cfg.model.uses_text and plan.tokenizer is None,
+                readers=self.readers,
+            )
+        )
+        split = splits.assign(found.rows, data=cfg.data, seed=cfg.seed, fields=plan.fields)
+        report = split.report
+        self.say(f"{report.rows:,} rows; split by {report.rule}")
+        for side, counts in (("train", report.train), ("dev", report.dev)):
+            each = ", ".join(f"{label} {n:,}" for label, n in counts.items())
+            self.say(f"  {side} {sum(counts.values()):,}: {each}")
+        if report.unlabelled or report.unused:
+            unused = [f"{value} {n:,}" for value, n in report.unused.items()]
+            self.say(f"  not used: {', '.join([f'unlabelled {report.unlabelled:,}', *unused])}")
+        problems = [f"{shard}: {problem}" for shard, problem in found.problems.items()]
+        for line in [*splits.warnings(report), *problems]:
+            self.say(f"  note: {line}")
+        return _Data(found.rows, split)
+
+    def _tokenizer(self, data: _Data) -> TextTokenizer | None:
+        if self.plan.tokenizer is not None or not self.cfg.model.uses_text:
+            return self.plan.tokenizer
+        captions = data.captions()
+        tokenizer = train_tokenizer(captions, self.cfg.preprocess.text)
+        self.say(f"tokenizer of {tokenizer.vocab_size:,} tokens from {len(captions):,} captions")
+        kept = storage.join(self.plan.place, rundir.TOKENIZER)
+        storage.write_bytes(kept, tokenizer.to_json().encode())
+        return tokenizer
+
+    def _check_memory(self, data: _Data, stores: list[float]) -> None:
+        """Raise ConfigError when the prepared rows cannot lie in every node's object store."""
+        size, report = self.cfg.preprocess.image.size, data.split.report
+        used = sum(report.train.values()) + sum(report.dev.values())
+        need, have = used * 3 * size * size, min(stores) * MEMORY_SHARE
+        if need > have:
+            raise ConfigError(
+                f"preprocess.image.size: {used:,} rows of {size} x {size} pixels take "
+                f"{need / 1e9:.1f} GB, Ray's object store has {have / 1e9:.1f} GB for them on its "
+                "smallest node; choose a smaller size, or start Ray with more "
+                "--object-store-memory"
+            )
+
+    def _prepare(
+        self, data: _Data, tokenizer: TextTokenizer | None, board: Board
+    ) -> PreparedSet:
+        plan, cfg, total = self.plan, self.cfg, data.rows.num_rows
+        kept = tokenizer.to_json() if tokenizer else None
+        ready = board.attend(
+            lambda: prepare(
+                plan.archive,
+                plan.shards,
+                data.wanted(),
+                Recipe(cfg.preprocess, kept, cfg.model.modalities),
+                columns=cfg.data.columns,
+                readers=self.readers,
+                board=board.actor,
+            ),
+            counted=lambda done: f"preparing rows: {done:,} of {total:,}",
+        )
+        for reason, n in ready.reasons().items():
+            self.say(f"  note: set aside, {reason}: {n} rows")
+        for side, n in (("train", ready.train), ("dev", ready.dev)):
+            if not n:
+                first = ready.aside[0] if ready.aside else None
+                raise RunError(f"{plan.archive}: no {side} row can be prepared; first: {first}")
+        return ready
+
+    # --- training ------------------------------------------------------------------------------
+
+    def _fit(
+        self,
+        spec: ModelSpec,
+        labels: tuple[str, ...],
+        ready: PreparedSet,
+        start: bytes,
+        workers: _Workers,
+        board: Board,
+    ) -> dict[str, Any]:
+        """Run the training workers to the end; what ``loop.train_loop`` gives."""
+        from ray.train.torch import TorchTrainer
+
+        from mmray.engine import loop
+
+        place = self.plan.place
+        rundir.drop_torn_snapshot(place)
+        job = loop.Job(
+            cfg=self.cfg,
+            spec=spec,
+            labels=labels,
+            blocks=ready.refs,
+            weights=ray.put(start),
+            run=place,
+            board=board.actor,
+            threads=workers.cpus,
+            say_seconds=SAY_SECONDS,
+            save_seconds=SAVE_SECONDS,
+        )
+        gpu = {"GPU": 1} if workers.gpu else {}
+        api: Any = ray.train  # its annotations are those of the API before V2
+        trainer: Any = TorchTrainer(
+            cast(Any, loop.train_loop),
+            train_loop_config={"job": ray.put(job)},
+            scaling_config=api.ScalingConfig(
+                num_workers=workers.count,
+                use_gpu=workers.gpu,
+                resources_per_worker={"CPU": workers.cpus, **gpu},
+            ),
+            run_config=api.RunConfig(
+                name=rundir.CHECKPOINTS,
+                storage_path=place,
+                checkpoint_config=api.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
+                failure_config=api.FailureConfig(max_failures=WORKER_FAILURES),
+                logging_config=api.LoggingConfig(log_level="ERROR"),
+            ),
+        )
+        on = "GPU" if workers.gpu else f"CPU, {workers.cpus} threads each"
+        self.say(f"training with {workers.count} workers on {on}")
+        try:
+            result = board.attend(
+                trainer.fit, on_stop="stopping after this step, with a checkpoint (again: at once)"
+            )
+        except ray.train.WorkerGroupError as error:
+            raise _cause(error) from error
+        done: dict[str, Any] = result.return_value
+        if done["outcome"] == loop.STOPPED:
+            raise KeyboardInterrupt
+        if done["outcome"] == loop.FAILED:
+            raise RunError(
+                f"the loss is not finite in epoch {done['epoch'] + 1}, step {done['step'] + 1}; "
+                f"a lower train.lr (now {self.cfg.train.lr:g}) or train.grad_clip may help"
+            )
+        return done
+
+    # --- the bundle ----------------------------------------------------------------------------
+
+    def _bundle(
+        self,
+        spec: ModelSpec,
+        data: _Data,
+        ready: PreparedSet,
+        tokenizer: TextTokenizer | None,
+        start: bytes,
+        done: Mapping[str, Any],
+    ) -> Bundle:
+        """Save the best epoch's model with golden pairs from the dev rows."""
+        import safetensors.torch
+
+        from mmray.predict import golden_table
+
+        cfg, best = self.cfg, done["best"]
+        trained = storage.read_bytes(
+            storage.join(self.plan.place, rundir.best_name(best["epoch"]))
+        )
+        split = {
+            **data.split.report.to_dict(),
+            "set_aside": ready.reasons(),
+            "archive_digest": rundir.archive_digest(self.plan.shards),
+        }
+        bundle = make(
+            labels=data.labels,
+            spec=spec,
+            preprocess=cfg.preprocess,
+            # Encoders that were frozen are not among the trained weights.
+            state_dict=safetensors.torch.load(start) | safetensors.torch.load(trained),
+            tokenizer=tokenizer,
+            metrics={**best, "epochs": done["epochs"], "seconds": round(done["seconds"], 1)},
+            training=Training(data=cfg.data, seed=cfg.seed, train=cfg.train, split=split),
+        )
+        return bundle.save(cfg.out, golden=golden_table(bundle, self._golden_samples(data)))
+
+    def _golden_samples(self, data: _Data) -> list[rows.Sample]:
+        """Dev rows as the archive holds them: the first ones, and the first of every label."""
+        dev = data.rows.filter(pc.equal(data.split.sides, splits.DEV))
+        wanted: dict[str, set[int]] = {}
+        seen: set[str] = set()
+        for i, record in enumerate(dev.select(["shard", "row", "label"]).to_pylist()):
+            if i < GOLDEN_CANDIDATES or record["label"] not in seen:
+                wanted.setdefault(record["shard"], set()).add(record["row"])
+                seen.add(record["label"])
+        found: list[rows.Sample] = []
+        for shard in self.plan.shards:
+            if chosen := wanted.get(shard.path):
+                stream = read_shard(
+                    self.plan.archive,
+                    shard,
+                    columns=self.cfg.data.columns,
+                    stop=max(chosen) + 1,
+                    skip=lambda row, chosen=chosen: row not in chosen,  # type: ignore[misc]
+                )
+                found += [item for item in stream if isinstance(item, rows.Sample)]
+        return found
+
+
+def _cause(error: ray.train.WorkerGroupError) -> Exception:
+    """The failure behind a worker group's: ours, a lost worker, or a bug (as it is)."""
+    failures = list(error.worker_failures.values())
+    for failure in failures:
+        if isinstance(failure, MmrayError):
+            return failure
+    for failure in failures:
+        if isinstance(failure, ray.exceptions.RayError):
+            what = " ".join(str(failure).split())
+            return RunError(
+                f"a training worker was lost more than {WORKER_FAILURES} times ({what[:300]}); "
+                "the same command goes on from the last checkpoint"
+            )
+    return error
