@@ -1,0 +1,214 @@
+"""Jobs on a real cluster, submitted as a person does: `ray start`, its dashboard, its token."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import yaml
+
+from mmray.config import load
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+START_SECONDS = 180  # a dozen processes, perhaps on a busy machine
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running head node: where its jobs API listens, and the environment of its clients."""
+
+    dashboard: str
+    environment: Mapping[str, str]
+
+    def submit(self, *command: str, token: bool = True) -> subprocess.CompletedProcess[str]:
+        """`ray job submit`, following the job's logs to its end."""
+        environment = dict(self.environment)
+        if not token:
+            environment = {k: v for k, v in environment.items() if not k.startswith("RAY_AUTH_")}
+        return subprocess.run(
+            [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *command],
+            cwd=ROOT,
+            env={**environment, "RAY_API_SERVER_ADDRESS": self.dashboard},
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """`ray start --head` with a token, in its own processes and directory; ended by their group."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets live below it
+    gcs, dashboard, client, agent = free_ports(4)
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))
+    }
+    environment |= {
+        "HOME": str(folder),  # no token of ours is found there, and none is left there
+        "PATH": f"{BIN}:{environment['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
+    command += [f"--temp-dir={folder}/ray", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+    command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"]
+    with (folder / "start.log").open("w") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for(f"http://127.0.0.1:{dashboard}/api/version", process, folder / "start.log")
+        yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
+    finally:
+        end(process)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in sockets:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in sockets]
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the dashboard says that it wants a token."""
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(url, timeout=5)
+        except urllib.error.HTTPError as error:
+            assert error.code == 401, f"the dashboard answers {error.code}"
+            return
+        except OSError:
+            time.sleep(0.5)
+        else:
+            pytest.fail("the dashboard answers without a token")
+    pytest.fail(f"the cluster did not start:\n{log.read_text()}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End one cluster and no other: `ray stop` would end every Ray of this machine."""
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(timeout=10)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_without_the_token_no_job_is_taken(cluster: Cluster, tmp_path: Path) -> None:
+    refused = cluster.submit("touch", str(tmp_path / "ran"), token=False)
+    assert refused.returncode != 0
+    assert "authentication token" in refused.stderr + refused.stdout
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_submitted_score_job_is_followed_and_gives_every_row(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    archive = tiny.write_archive(tmp_path / "archive", [7, 5])
+    bundle, out = tiny.bundle(str(tmp_path / "bundle")), tmp_path / "scores"
+    arguments = [bundle, str(archive), "--out", str(out), "--actors", "1"]
+    job = cluster.submit("python", "jobs/score.py", *arguments)
+    print(job.stdout)
+    assert job.returncode == 0, job.stdout + job.stderr
+    assert "succeeded" in job.stdout + job.stderr
+    assert "12" in job.stdout + job.stderr, "its progress is to be followed from here"
+
+    check = [sys.executable, "-m", "mmray", "verify", str(out), "--json"]
+    verdict = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
+    assert verdict["ok"] and verdict["rows"] == verdict["scored"] == 12
+    files = sorted((out / "scores").glob("*.parquet"))
+    assert [pq.read_metadata(file).num_rows for file in files] == [7, 5]
+
+
+def test_a_job_with_a_wrong_argument_fails_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit(
+        "python", "jobs/evaluate.py", str(tmp_path / "none"), str(tmp_path), "--out", "metrics"
+    )
+    assert job.returncode != 0
+    # Once in the log, and again in the status that Ray prints.
+    (line,) = {line for line in job.stdout.splitlines() if line.startswith("mmray: ")}
+    assert str(tmp_path / "none") in line
+    assert "Traceback" not in job.stdout
+
+
+JOIN = """
+import json, ray, mmray
+from mmray.engine import cluster
+found = cluster.connect()
+
+@ray.remote(num_cpus=0)
+def seen():
+    import os, mmray
+    return os.environ.get("AWS_ENDPOINT_URL"), "AWS_SECRET_ACCESS_KEY" in os.environ, mmray.__file__
+
+most = [found.max_cpus, found.max_gpus]
+print(json.dumps([found.cpus, *most, *ray.get(seen.remote())]))
+"""
+
+
+def test_a_command_beside_the_cluster_joins_it_with_its_code_and_endpoint_but_no_keys(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """On the head node of `ray up`: nothing is set, Ray's own files say all."""
+    shutil.copy(ROOT / "cluster.yaml", tmp_path / "ray_bootstrap_config.yaml")
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(cluster.environment["RAY_AUTH_TOKEN"])
+    environment = {
+        **{k: v for k, v in cluster.environment.items() if not k.startswith("RAY_AUTH_")},
+        "RAY_TMPDIR": cluster.environment["HOME"],  # on a real head node, the default
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(ROOT),
+        "AWS_ENDPOINT_URL": "http://storage.example",
+        "AWS_SECRET_ACCESS_KEY": "of this process",
+    }
+    joined = subprocess.run(
+        [sys.executable, "-c", JOIN], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert joined.returncode == 0, joined.stderr
+    cpus, max_cpus, max_gpus, endpoint, key, code = json.loads(joined.stdout.splitlines()[-1])
+    assert (cpus, endpoint, key) == (2, "http://storage.example", False)
+    assert (max_cpus, max_gpus) == (24 * 16, 8), "cluster.yaml may grow to this"
+    assert Path(code).parent != ROOT / "mmray", "the nodes' own mmray, perhaps an older one"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs/configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_shipped_configs_load_and_name_no_path_outside_the_project(path: Path) -> None:
+    load(path, ["data.archive=s3://bucket/archive", "out=s3://bucket/bundle"])
+    values = list(leaves(yaml.safe_load(path.read_text(encoding="utf-8"))))
+    assert not [text for text in values if text.startswith(("/", "~", "..", "file:"))]
+
+
+def leaves(tree: object) -> Iterator[str]:
+    if isinstance(tree, dict):
+        for value in tree.values():
+            yield from leaves(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from leaves(value)
+    elif isinstance(tree, str):
+        yield tree
