@@ -64,7 +64,12 @@ class ImageModel(Frozen):
     weights: str | None = None  # a torchvision weight enum name, a local file, or null
     normalize: Literal["imagenet", "symmetric", "unit"] = "imagenet"  # symmetric: [-1, 1]
     width: Annotated[float, Field(gt=0, le=4)] = 1.0  # width multiplier, MobileNets only
-    freeze: bool = False  # keep weights and batch-norm statistics as they were loaded
+    freeze: bool | None = False  # keep what was loaded as it is; null: where anything is loaded
+
+    @property
+    def frozen(self) -> bool:
+        """Whether weights and batch-norm statistics stay as they were loaded."""
+        return self.weights is not None if self.freeze is None else self.freeze
 
 
 class TextModel(Frozen):
