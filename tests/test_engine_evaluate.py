@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from mmray.config import Data
 from mmray.engine import cluster
 from mmray.engine.evaluate import METRICS, PREDICTIONS, evaluate, predictions_schema, table
 from mmray.engine.rundir import archive_digest
-from mmray.errors import BundleError, ConfigError
+from mmray.errors import BundleError, ConfigError, MmrayError
 from mmray.predict import Predictor
 
 LABELS = tiny.LABELS
@@ -207,8 +208,9 @@ def test_a_bundle_that_scores_otherwise_than_it_should_is_refused(
     loaded = bundles.load(bundle)
     assert loaded.golden is not None
     at = loaded.golden.schema.get_field_index("p_calm")
-    wrong = loaded.golden.set_column(at, loaded.golden.schema.field(at), [[0.0] * 4])
+    none = pa.array([0.0] * loaded.golden.num_rows, pa.float32())
+    wrong = loaded.golden.set_column(at, loaded.golden.schema.field(at), none)
     loaded.save(str(tmp_path / "bundle"), golden=wrong)
-    with pytest.raises(Exception, match="gives other scores than its own"):
+    with pytest.raises(MmrayError, match="gives other scores than its own"):
         evaluate(str(tmp_path / "bundle"), str(archive), out=str(tmp_path), progress=quiet)
     assert not storage.exists(str(tmp_path / METRICS))

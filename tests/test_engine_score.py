@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import signal
 import subprocess
@@ -135,6 +136,26 @@ class TestOneRun:
         rows = content(out)["2025/00002.tar.parquet"]
         assert rows.column("key").to_pylist()[4:8] == ["kept"] * 4
         assert rows.drop(["key"]) == whole.replace_schema_metadata(None).drop(["key"])
+
+    def test_hostile_images_cost_themselves_and_nothing_else(
+        self, bundle: str, shared: Path, tmp_path: Path
+    ) -> None:
+        folder = shared / "data" / "bad-images"
+        with open(folder / "MANIFEST.csv", newline="", encoding="utf-8") as handle:
+            outcomes = {row["file"]: row["pillow_outcome"] for row in csv.DictReader(handle)}
+        pairs = []
+        for i, name in enumerate(sorted(outcomes)):
+            pairs += [(f"bad{i:03d}.jpg", (folder / name).read_bytes())]
+            pairs += [(f"bad{i:03d}.txt", b"whatever it may be"), *tiny.members(1, i)]
+        tiny.write_tar(tmp_path / "archive" / "a.tar", pairs)
+        summary = run(bundle, tmp_path / "archive", tmp_path / "out", chunk_rows=64)
+        rows = content(tmp_path / "out")["a.tar.parquet"].to_pylist()
+        scored = {row["key"] for row in rows if row["error"] is None}
+        good = {f"bad{i:03d}" for i, name in enumerate(sorted(outcomes)) if outcomes[name] == "ok"}
+        assert scored == good | {f"{i:05d}" for i in range(len(outcomes))}
+        assert all(row["error"].startswith("image ") for row in rows if row["error"])
+        assert (summary["rows"], summary["set_aside"]) == (280, 63)
+        assert verify(str(tmp_path / "out")).ok
 
     def test_s3_to_s3(self, bundle: str, archive: Path, s3_endpoint: Any) -> None:
         s3_bucket = s3_endpoint.bucket()

@@ -74,20 +74,23 @@ class Board:
         """
         done: list[T] = []
         failed: list[BaseException] = []
+        # Python 3.11 takes a thread for dead whose join() was interrupted (cpython#90882).
+        ended = threading.Event()
 
         def run() -> None:
             try:
                 done.append(job())
             except BaseException as error:  # noqa: BLE001  # raised again below, by the driver
                 failed.append(error)
+            finally:
+                ended.set()
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
+        threading.Thread(target=run, daemon=True).start()
         asked = False
         self._counted, self._last = counted, time.monotonic()
-        while thread.is_alive():
+        while not ended.is_set():
             try:
-                thread.join(POLL_SECONDS)
+                ended.wait(POLL_SECONDS)
                 self._show()
             except KeyboardInterrupt:
                 if asked or on_stop is None:

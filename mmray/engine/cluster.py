@@ -182,10 +182,11 @@ def _answers(address: str) -> bool:
 def _join(address: str, log_to_driver: bool) -> None:
     # A job may have been submitted with some of these variables; what this command says wins.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
-    asked = os.environ.get("RAY_ADDRESS")
+    # Asked for a cluster that it finds itself, Ray also finds the token.
+    found = os.environ.get("RAY_ADDRESS", "") in ("", "auto")
     try:
         ray.init(
-            address=address if asked else None,  # None: found here, where Ray finds the token too
+            address=None if found else address,
             log_to_driver=log_to_driver,
             logging_level=logging.ERROR,
             runtime_env=_runtime_env(),

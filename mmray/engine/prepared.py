@@ -76,6 +76,25 @@ class Wanted:
     dev: npt.NDArray[np.bool_]
 
 
+def wanted_rows(data: LabelledRows) -> dict[str, Wanted]:
+    """Which rows to prepare, by shard."""
+    used, dev = (
+        mask.to_numpy(zero_copy_only=False)
+        for mask in (
+            pc.is_valid(data.split.sides),
+            pc.fill_null(pc.equal(data.split.sides, splits.DEV), False),
+        )
+    )
+    codes = np.where(used, data.split.labels.codes(data.rows[rows.LABEL]), -1)
+    classes = by_shard(data.rows, codes.astype(np.int32))
+    devs = by_shard(data.rows, dev)
+    return {
+        shard: Wanted(codes, devs[shard])
+        for shard, codes in classes.items()
+        if (codes >= 0).any()
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class PreparedSet:
     """All prepared chunks. ``dataset`` keeps the objects behind ``refs`` alive."""
@@ -101,7 +120,10 @@ def prepare(
     readers: int,
     board: Any = None,
 ) -> PreparedSet:
-    """Prepare the wanted rows of an archive into the object store. Raises StorageError."""
+    """Prepare the wanted rows of an archive into the object store.
+
+    Raises MmrayError when storage refuses.
+    """
     dataset = chunks_dataset(
         root,
         [Piece(shard) for shard in shards if shard.path in wanted],

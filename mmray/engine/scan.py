@@ -23,7 +23,7 @@ from mmray.archive.shards import Shard, list_shards, read_shard
 from mmray.archive.want import ALL_FIELDS
 from mmray.config import Columns
 from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, samples_of
-from mmray.errors import ConfigError, MmrayError, RunError, StorageError
+from mmray.errors import ConfigError, MmrayError, RunError
 
 PEEK_SHARDS, PEEK_ROWS = 8, 64
 
@@ -47,6 +47,24 @@ class Scan:
 
     rows: pa.Table
     problems: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRows:
+    """Scanned rows, and which of them train and which are held out."""
+
+    rows: pa.Table  # SCANNED_SCHEMA, in order of (shard, row)
+    split: splits.Split
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.split.labels.names
+
+    def captions(self) -> list[str]:
+        """Those to train a tokenizer on."""
+        training = pc.fill_null(pc.equal(self.split.sides, splits.TRAIN), False)
+        captions: list[str] = self.rows[rows.CAPTION].filter(training).drop_null().to_pylist()
+        return captions
 
 
 def archive_shards(root: str) -> list[Shard]:
@@ -92,7 +110,10 @@ def scan(
     captions: bool,
     readers: int,
 ) -> Scan:
-    """Every row's label, split, digests and, with ``captions``, text. Raises StorageError."""
+    """Every row's label, split, digests and, with ``captions``, text.
+
+    Raises MmrayError when storage refuses, RunError when rows were lost.
+    """
     fields = (label,) if split is None else (label, split)
     dataset = chunks_dataset(
         root,
@@ -136,11 +157,11 @@ def check_complete(found: pa.Table, totals: Mapping[str, int], shards: Sequence[
 
 
 def records(dataset: Any) -> Iterator[dict[str, Any]]:
-    """The rows of a dataset of ours; raises StorageError for one that says so."""
+    """The rows of a dataset of ours; raises MmrayError for one that says so."""
     for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         for record in batch.to_pylist():
             if record["failure"] is not None:
-                raise StorageError(record["failure"])
+                raise MmrayError(record["failure"])
             yield record
 
 

@@ -42,7 +42,6 @@ KEEP_CHECKPOINTS = 2
 WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
 GOLDEN_CANDIDATES = 128  # dev rows that golden pairs are chosen from
 MEMORY_SHARE = 0.8  # of the object store, for prepared rows
-GPU_WORKER_CPUS = 4
 
 #: Defaults for Ray's own part, which knows them by no other way.
 ENVIRONMENT = {
@@ -94,68 +93,6 @@ def train(cfg: TrainConfig, *, progress: Progress) -> TrainResult:
     return TrainResult(cfg.out, bundle.fingerprint, bundle.metrics, True, seconds)
 
 
-@dataclass(frozen=True, slots=True)
-class _Data:
-    """What scan and split came to: ``rows`` of ``scan.SCANNED_SCHEMA`` in order of (shard, row)."""
-
-    rows: pa.Table
-    split: splits.Split
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        return self.split.labels.names
-
-    def captions(self) -> list[str]:
-        """Those to train a tokenizer on."""
-        training = pc.fill_null(pc.equal(self.split.sides, splits.TRAIN), False)
-        captions: list[str] = self.rows[rows.CAPTION].filter(training).drop_null().to_pylist()
-        return captions
-
-    def wanted(self) -> dict[str, Wanted]:
-        """Which rows to prepare, by shard."""
-        used, dev = (
-            mask.to_numpy(zero_copy_only=False)
-            for mask in (
-                pc.is_valid(self.split.sides),
-                pc.fill_null(pc.equal(self.split.sides, splits.DEV), False),
-            )
-        )
-        codes = np.where(used, self.split.labels.codes(self.rows[rows.LABEL]), -1)
-        classes = by_shard(self.rows, codes.astype(np.int32))
-        devs = by_shard(self.rows, dev)
-        return {
-            shard: Wanted(codes, devs[shard])
-            for shard, codes in classes.items()
-            if (codes >= 0).any()
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class _Workers:
-    count: int
-    gpu: bool
-    cpus: int  # of each
-
-
-def choose_workers(cfg: TrainConfig, have: cluster.Resources, nodes: Sequence[int]) -> _Workers:
-    """One worker a GPU, else two on the CPUs, unless the config says; CPUs are shared out evenly.
-
-    ``nodes``: CPUs of each node there is. Raises ConfigError when the cluster has not got what is
-    asked, and cannot grow to it.
-    """
-    gpu = cfg.train.use_gpu if cfg.train.use_gpu is not None else have.max_gpus > 0
-    count = cfg.train.num_workers or (max(1, have.gpus) if gpu else max(1, min(have.cpus, 2)))
-    most, what = (have.max_gpus, "GPUs") if gpu else (have.max_cpus, "CPUs")
-    if count > most:
-        asked = cfg.train.num_workers
-        wrong = "use_gpu: got true" if asked is None else f"num_workers: got {asked}"
-        raise ConfigError(f"train.{wrong}; the cluster has {most} {what}, each worker needs one")
-    each = max(1, have.cpus // count)
-    while each > 1 and sum(node // each for node in nodes) < count:
-        each -= 1
-    return _Workers(count, gpu, min(each, GPU_WORKER_CPUS) if gpu else each)
-
-
 class _Training:
     """One command's work on a run that has a plan."""
 
@@ -182,11 +119,11 @@ class _Training:
             spec = spec_of(cfg, len(data.labels), tokenizer)
             start = initial_weights(cfg, spec)
             done = self._fit(spec, data.labels, ready, start, workers, board)
-        return self._bundle(spec, data, ready, tokenizer, start, done)
+        return save_bundle(plan, spec, data, ready, tokenizer, start, done)
 
     # --- rows ----------------------------------------------------------------------------------
 
-    def _scan_and_split(self, board: Board) -> _Data:
+    def _scan_and_split(self, board: Board) -> LabelledRows:
         plan, cfg = self.plan, self.cfg
         self.say(f"reading {len(plan.shards):,} shards of {plan.archive}")
         found = board.attend(
@@ -212,9 +149,9 @@ class _Training:
         problems = [f"{shard}: {problem}" for shard, problem in found.problems.items()]
         for line in [*splits.warnings(report), *problems]:
             self.say(f"  note: {line}")
-        return _Data(found.rows, split)
+        return LabelledRows(found.rows, split)
 
-    def _tokenizer(self, data: _Data) -> TextTokenizer | None:
+    def _tokenizer(self, data: LabelledRows) -> TextTokenizer | None:
         if self.plan.tokenizer is not None or not self.cfg.model.uses_text:
             return self.plan.tokenizer
         captions = data.captions()
@@ -224,7 +161,7 @@ class _Training:
         storage.write_bytes(kept, tokenizer.to_json().encode())
         return tokenizer
 
-    def _check_memory(self, data: _Data, stores: list[float]) -> None:
+    def _check_memory(self, data: LabelledRows, stores: list[float]) -> None:
         """Raise ConfigError when the prepared rows cannot lie in every node's object store."""
         size, report = self.cfg.preprocess.image.size, data.split.report
         used = sum(report.train.values()) + sum(report.dev.values())
@@ -238,7 +175,7 @@ class _Training:
             )
 
     def _prepare(
-        self, data: _Data, tokenizer: TextTokenizer | None, board: Board
+        self, data: LabelledRows, tokenizer: TextTokenizer | None, board: Board
     ) -> PreparedSet:
         plan, cfg, total = self.plan, self.cfg, data.rows.num_rows
         kept = tokenizer.to_json() if tokenizer else None
@@ -270,7 +207,7 @@ class _Training:
         labels: tuple[str, ...],
         ready: PreparedSet,
         start: bytes,
-        workers: _Workers,
+        workers: Workers,
         board: Board,
     ) -> dict[str, Any]:
         """Run the training workers to the end; what ``loop.train_loop`` gives."""
@@ -327,65 +264,6 @@ class _Training:
                 f"a lower train.lr (now {self.cfg.train.lr:g}) or train.grad_clip may help"
             )
         return done
-
-    # --- the bundle ----------------------------------------------------------------------------
-
-    def _bundle(
-        self,
-        spec: ModelSpec,
-        data: _Data,
-        ready: PreparedSet,
-        tokenizer: TextTokenizer | None,
-        start: bytes,
-        done: Mapping[str, Any],
-    ) -> Bundle:
-        """Save the best epoch's model with golden pairs from the dev rows."""
-        import safetensors.torch
-
-        from mmray.predict import golden_table
-
-        cfg, best = self.cfg, done["best"]
-        trained = storage.read_bytes(
-            storage.join(self.plan.place, rundir.best_name(best["epoch"]))
-        )
-        split = {
-            **data.split.report.to_dict(),
-            "set_aside": ready.reasons(),
-            "archive_digest": rundir.archive_digest(self.plan.shards),
-        }
-        bundle = make(
-            labels=data.labels,
-            spec=spec,
-            preprocess=cfg.preprocess,
-            # Encoders that were frozen are not among the trained weights.
-            state_dict=safetensors.torch.load(start) | safetensors.torch.load(trained),
-            tokenizer=tokenizer,
-            metrics={**best, "epochs": done["epochs"], "seconds": round(done["seconds"], 1)},
-            training=Training(data=cfg.data, seed=cfg.seed, train=cfg.train, split=split),
-        )
-        return bundle.save(cfg.out, golden=golden_table(bundle, self._golden_samples(data)))
-
-    def _golden_samples(self, data: _Data) -> list[rows.Sample]:
-        """Dev rows as the archive holds them: the first ones, and the first of every label."""
-        dev = data.rows.filter(pc.equal(data.split.sides, splits.DEV))
-        wanted: dict[str, set[int]] = {}
-        seen: set[str] = set()
-        for i, record in enumerate(dev.select(["shard", "row", "label"]).to_pylist()):
-            if i < GOLDEN_CANDIDATES or record["label"] not in seen:
-                wanted.setdefault(record["shard"], set()).add(record["row"])
-                seen.add(record["label"])
-        found: list[rows.Sample] = []
-        for shard in self.plan.shards:
-            if chosen := wanted.get(shard.path):
-                stream = read_shard(
-                    self.plan.archive,
-                    shard,
-                    columns=self.cfg.data.columns,
-                    stop=max(chosen) + 1,
-                    skip=lambda row, chosen=chosen: row not in chosen,  # type: ignore[misc]
-                )
-                found += [item for item in stream if isinstance(item, rows.Sample)]
-        return found
 
 
 def _cause(error: ray.train.WorkerGroupError) -> Exception:
