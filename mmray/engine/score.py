@@ -8,6 +8,7 @@ that row is set aside. See DESIGN: a run's only state is the files in OUT.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from typing import Any
 
 import pyarrow as pa
 import ray
+from ray.util.annotations import RayDeprecationWarning
 
 from mmray import ledger, storage
 from mmray.archive import rows
@@ -145,6 +147,17 @@ class _Shard:
 
     def missing(self) -> list[ledger.Interval]:
         return ledger.gaps(sorted(self.covered), 0, self.total or 0)
+
+
+def _results(tasks: Sequence[Any]) -> list[ledger.ShardRecord]:
+    """What finished commits return; an error of ours comes as itself, without Ray's wrapping."""
+    try:
+        records: list[ledger.ShardRecord] = ray.get(tasks)
+        return records
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, MmrayError):
+            raise error.cause from None
+        raise
 
 
 def _restart_without_retry() -> dict[str, int]:
@@ -284,7 +297,24 @@ class _Job:
         options = ReadOptions(columns=self._options.columns, chunk_rows=self._run.chunk_rows)
         gpus = int(resources.gpus)
         actors = self._options.actors or gpus or max(1, int(resources.cpus))
-        dataset = chunks_dataset(self._run.archive, pieces, options, readers=actors).map_batches(
+        with warnings.catch_warnings():
+            # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
+            warnings.simplefilter("ignore", RayDeprecationWarning)
+            dataset = self._dataset(pieces, options, actors, gpus)
+        dataset.context.max_errored_blocks = -1  # what a dead worker held is run again below
+        batches: Iterable[pa.Table] = dataset.iter_batches(
+            batch_size=None, batch_format="pyarrow", prefetch_batches=0
+        )
+        for batch in batches:
+            for receipt in batch.to_pylist():
+                self._book(receipt)
+            self._console.show(self.meter.line)
+
+    def _dataset(
+        self, pieces: Sequence[Piece], options: ReadOptions, actors: int, gpus: int
+    ) -> ray.data.Dataset:
+        chunks = chunks_dataset(self._run.archive, pieces, options, readers=actors)
+        return chunks.map_batches(
             Scorer,
             batch_size=1,
             batch_format="pyarrow",
@@ -301,14 +331,6 @@ class _Job:
             num_gpus=1 if gpus else None,
             ray_remote_args_fn=_restart_without_retry,
         )
-        dataset.context.max_errored_blocks = -1  # what a dead worker held is run again below
-        batches: Iterable[pa.Table] = dataset.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
-        for batch in batches:
-            for receipt in batch.to_pylist():
-                self._book(receipt)
-            self._console.show(self.meter.line)
 
     def _book(self, receipt: dict[str, Any]) -> None:
         if receipt["failure"] is not None:
@@ -356,7 +378,7 @@ class _Job:
     def _finish_commits(self, leave: int) -> None:
         while len(self._commits) > leave:
             finished, self._commits = ray.wait(self._commits, timeout=1.0)
-            for record in ray.get(finished):
+            for record in _results(finished):
                 self.meter.done_shards += 1
                 if record.problem:
                     self._console.say(f"{record.shard}: {record.problem}")
