@@ -83,8 +83,10 @@ def s3_endpoint() -> Iterator[Endpoint]:
 @pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint: Endpoint) -> Iterator[None]:
     """One local Ray for all tests; its workers know the S3 endpoint."""
-    import ray
+    from mmray.engine import cluster
 
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "local")  # never somebody's running cluster
+        cluster.connect(num_cpus=2)
+        yield
+        cluster.disconnect()

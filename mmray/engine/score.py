@@ -7,10 +7,9 @@ that row is set aside. See DESIGN: a run's only state is the files in OUT.
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,33 +19,23 @@ from ray.util.annotations import RayDeprecationWarning
 
 from mmray import ledger, storage
 from mmray.archive import rows
-from mmray.archive.shards import Shard, check_columns, list_shards, read_shard
-from mmray.bundle import Manifest, read_manifest
-from mmray.config import Columns
+from mmray.archive.shards import read_shard
+from mmray.bundle import read_manifest
 from mmray.engine import cluster
-from mmray.engine.ingest import CHUNK_ROWS, Piece, ReadOptions, chunks_dataset
+from mmray.engine.asked import ScoreOptions
+from mmray.engine.asked import asked as what_is_asked
+from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset
 from mmray.engine.scorer import Scorer
-from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.errors import MmrayError, RunError
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import write_summary
+
+__all__ = ["ScoreOptions", "score"]
 
 SCORER_CPUS = 0.9  # the rest of each core is for the readers
 COMMITS_IN_FLIGHT = 16
 ALONE_ATTEMPTS = 2  # a row that kills a worker twice, alone, is set aside
 STALLED_PASSES = 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScoreOptions:
-    """How to score; everything has a working default."""
-
-    limit: int | None = None  # score only the first so many rows: a trial
-    shards: str | None = None  # only the first N shards, or those matching a glob
-    max_errors: float | None = None  # set-aside share in [0, 1] past which the run stops
-    embeddings: bool = False
-    chunk_rows: int = CHUNK_ROWS
-    actors: int | None = None  # scoring actors; None: one a GPU, else one a CPU
-    columns: Columns = Columns()
 
 
 def score(
@@ -59,7 +48,7 @@ def score(
     """
     bundle, archive, out = map(storage.absolute, (bundle, archive, out))
     manifest = read_manifest(bundle)
-    asked = _asked(bundle, manifest, archive, options)
+    asked = what_is_asked(bundle, manifest, archive, options)
     run, resumed = ledger.open_run(out, asked)
     done = ledger.done_shards(out)
     todo = [target for target in asked.targets if target.shard.path not in done]
@@ -76,60 +65,6 @@ def score(
         f"{summary['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
     )
     return summary
-
-
-# --- what is asked -------------------------------------------------------------------------------
-
-
-def _asked(bundle: str, manifest: Manifest, archive: str, options: ScoreOptions) -> ledger.Run:
-    shards = _selected(archive, options.shards)
-    used = manifest.spec["config"]["modalities"]
-    check_columns(
-        archive, shards[0], options.columns, image=used != "text", caption=used != "image"
-    )
-    targets = [ledger.Target(shard) for shard in shards]
-    if options.limit is not None:
-        targets = list(_first_rows(archive, shards, options))
-    return ledger.Run(
-        archive=archive,
-        bundle=bundle,
-        fingerprint=manifest.fingerprint,
-        labels=tuple(manifest.labels),
-        targets=tuple(targets),
-        chunk_rows=options.chunk_rows,
-        embedding_dim=manifest.embedding_dim if options.embeddings else None,
-        trial=None if options.limit is None else f"--limit {options.limit}",
-        config={"columns": options.columns.model_dump(), "shards": options.shards},
-    )
-
-
-def _selected(archive: str, wanted: str | None) -> list[Shard]:
-    shards = list(list_shards(archive))
-    if wanted is not None:
-        by_count = wanted.isdecimal()
-        shards = (
-            shards[: int(wanted)]
-            if by_count
-            else [shard for shard in shards if fnmatch.fnmatch(shard.path, wanted)]
-        )
-    if not shards:
-        which = f" matching {wanted!r}" if wanted else ""
-        raise ConfigError(f"{archive}: no .tar, .tar.gz, .tgz or .parquet shards{which}")
-    return shards
-
-
-def _first_rows(
-    archive: str, shards: Sequence[Shard], options: ScoreOptions
-) -> Iterator[ledger.Target]:
-    """The shards that hold the first ``limit`` rows; counted by walking their headers."""
-    left = options.limit or 0
-    for shard in shards:
-        if left <= 0:
-            return
-        *_, end = read_shard(archive, shard, columns=options.columns, images=False, stop=left)
-        assert isinstance(end, rows.ShardEnd)
-        yield ledger.Target(shard, min(left, end.rows))
-        left -= end.rows
 
 
 # --- the run -------------------------------------------------------------------------------------
