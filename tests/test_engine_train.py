@@ -23,7 +23,8 @@ from mmray.config import TrainConfig, validate
 from mmray.engine import cluster, plan, rundir
 from mmray.engine import train as engine
 from mmray.engine.evaluate import evaluate, table
-from mmray.engine.train import TrainResult, choose_workers, train
+from mmray.engine.train import TrainResult, train
+from mmray.engine.workers import choose_workers
 from mmray.errors import ConfigError, StorageError
 from mmray.model.image import SmallCNN
 from mmray.predict import Predictor

@@ -77,8 +77,9 @@ def cluster() -> Iterator[Cluster]:
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
     try:
-        wait_for(f"http://127.0.0.1:{dashboard}/api/version", process, folder / "start.log")
+        wait_for(f"http://127.0.0.1:{dashboard}/api/version", process, folder)
         yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
+        assert process.poll() is None, f"the cluster ended by itself:\n{logs(folder)}"
     finally:
         end(process)
         shutil.rmtree(folder, ignore_errors=True)
@@ -92,20 +93,33 @@ def free_ports(count: int) -> list[int]:
         return [listener.getsockname()[1] for listener in sockets]
 
 
-def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Until the dashboard says that it wants a token."""
+def wait_for(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Until the cluster has announced itself on this machine and its dashboard wants a token."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             urllib.request.urlopen(url, timeout=5)
         except urllib.error.HTTPError as error:
             assert error.code == 401, f"the dashboard answers {error.code}"
-            return
+            if (folder / "ray" / "ray_current_cluster").exists():
+                return
         except OSError:
-            time.sleep(0.5)
+            pass  # nobody listens yet
         else:
             pytest.fail("the dashboard answers without a token")
-    pytest.fail(f"the cluster did not start:\n{log.read_text()}")
+        time.sleep(0.5)
+    pytest.fail(f"the cluster did not start:\n{logs(folder)}")
+
+
+def logs(folder: Path) -> str:
+    """The ends of the logs that say why a cluster is not there."""
+    names = ["raylet.out", "raylet.err", "gcs_server.out", "dashboard_agent.log"]
+    paths = [folder / "ray" / "session_latest" / "logs" / name for name in names]
+    return "\n".join(
+        f"== {path.name}\n{path.read_text()[-2000:]}"
+        for path in [folder / "start.log", *paths]
+        if path.exists()
+    )
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

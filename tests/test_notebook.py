@@ -42,11 +42,8 @@ def test_quickstart_runs_and_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "1,000 rows = 988 scored + 12 set aside" in text
 
 
-def test_what_is_committed_names_no_machine() -> None:
-    """Outputs that are kept for readers must not tell where they were made."""
-    text = NOTEBOOK.read_text(encoding="utf-8")
-    for cell in nbformat.reads(text, as_version=4).cells:
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error"
-            assert output.get("name") != "stderr"
-            assert "/tmp" not in str(output.get("text", ""))
+def test_it_is_committed_without_outputs() -> None:
+    """Outputs kept in the repository go stale, and tell on which machine they were made."""
+    notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)

@@ -54,9 +54,7 @@ def load(
     """Put weights and optimizer back, in place; where the run stood."""
     base = Path(folder)
     model.load_state_dict(safetensors.torch.load((base / MODEL).read_bytes()))
-    optimizer.load_state_dict(
-        torch.load(base / OPTIMIZER, map_location=device, weights_only=True)
-    )
+    optimizer.load_state_dict(torch.load(base / OPTIMIZER, map_location=device, weights_only=True))
     return State(**json.loads((base / STATE).read_text(encoding="utf-8")))
 
 

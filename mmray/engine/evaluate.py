@@ -11,11 +11,8 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,26 +23,22 @@ from mmray.archive import rows
 from mmray.archive.shards import Shard
 from mmray.bundle import Manifest, read_manifest
 from mmray.engine import cluster
+from mmray.engine.choice import AUTO, Chosen, choose_rows, held_out
 from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset
-from mmray.engine.rundir import archive_digest
 from mmray.engine.scan import (
     archive_shards,
-    by_shard,
     check_complete,
     check_label,
-    field_names,
     map_chunks,
     pack_table,
     peek,
     records,
-    scan,
     unpack_table,
 )
 from mmray.errors import ConfigError, MmrayError
 from mmray.metrics import Confusion
 from mmray.report.progress import duration
 
-AUTO, ALL = "auto", "all"
 METRICS, PREDICTIONS = "metrics.json", "predictions.parquet"
 PREDICTOR_CPUS = 0.9  # the rest of each core is for the readers
 SAY_SECONDS = 10.0
@@ -98,12 +91,12 @@ def evaluate(
     shards = archive_shards(archive)
     samples = peek(archive, shards, data.columns)
     check_label(samples, label, "--label")
-    wanted = _wanted(manifest, archive, shards, samples, split)
+    wanted = choose_rows(manifest, archive, shards, samples, split)
 
     resources = cluster.connect()
     if wanted.side is not None:
         progress(f"finding the rows of {archive} that were held out by seed")
-        wanted = _held_out(wanted, manifest, archive, shards, resources)
+        wanted = held_out(wanted, manifest, archive, shards, readers=max(1, resources.cpus))
     progress(f"evaluating {manifest.fingerprint[:12]} on {archive}: {wanted.text}")
     found, problems = _predict(
         bundle, manifest, archive, shards, label, wanted, resources, progress
@@ -125,87 +118,6 @@ def evaluate(
     return metrics
 
 
-# --- which rows ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """Which rows count: those whose ``column`` has ``value``, or that are marked in ``marks`` (bool
-    by row, by shard), or all. ``side``: "train" or "dev", where ``marks`` are still to be found."""
-
-    text: str
-    column: str | None = None
-    value: str | None = None
-    side: str | None = None
-    marks: Mapping[str, npt.NDArray[np.bool_]] | None = None
-
-    def takes(self, sample: rows.Sample) -> bool:
-        if self.marks is not None:
-            return bool(self.marks[sample.shard][sample.row])
-        if self.column is not None:
-            return splits.label_text(sample.fields.get(self.column)) == self.value
-        return True
-
-
-def _wanted(
-    manifest: Manifest,
-    archive: str,
-    shards: Sequence[Shard],
-    samples: Sequence[rows.Sample],
-    split: str,
-) -> _Wanted:
-    """What ``split`` means for this archive. Raises ConfigError when it means nothing."""
-    data = manifest.training.data
-    if split == ALL:
-        return _Wanted("all labelled rows")
-    column = data.split
-    there = column is not None and any(
-        splits.label_text(sample.fields.get(column)) is not None for sample in samples
-    )
-    if there:
-        value = data.dev if split == AUTO else split
-        return _Wanted(f"rows with {column} = {value}", column=column, value=value)
-    trained_here = data.archive == archive
-    if split == AUTO and not trained_here:
-        return _Wanted("all labelled rows (another archive than the training's, with no split)")
-    sides = {AUTO: splits.DEV, data.dev: splits.DEV, data.train: splits.TRAIN}
-    if not trained_here or split not in sides:
-        names = ", ".join(field_names(samples)) or "none"
-        raise ConfigError(
-            f"--split: got {split!r}; the archive has no field {column!r} with values (there are: "
-            f"{names}); allowed: auto, all"
-        )
-    if manifest.training.split.get("archive_digest") != archive_digest(shards):
-        raise ConfigError(
-            f"--split: {archive} has changed since the bundle was trained, so the rows that were "
-            "held out by seed are not known any more; use --split all, or an archive of other rows"
-        )
-    return _Wanted(f"{sides[split]} rows of the seeded split", side=sides[split])
-
-
-def _held_out(
-    wanted: _Wanted,
-    manifest: Manifest,
-    archive: str,
-    shards: Sequence[Shard],
-    resources: cluster.Resources,
-) -> _Wanted:
-    """``wanted`` with the rows of its side, decided anew as training did."""
-    data = manifest.training.data
-    found = scan(
-        archive,
-        shards,
-        columns=data.columns,
-        label=data.label,
-        split=data.split,
-        captions=False,
-        readers=max(1, int(resources.cpus)),
-    ).rows
-    sides = splits.assign(found, data=data, seed=manifest.training.seed).sides
-    mine = pc.fill_null(pc.equal(sides, wanted.side), False).to_numpy(zero_copy_only=False)
-    return _Wanted(wanted.text, marks=by_shard(found, mine))
-
-
 # --- predictions ---------------------------------------------------------------------------------
 
 
@@ -213,7 +125,7 @@ class _Evaluator:
     """An actor with one Predictor: a chunk in, its rows with scores and true labels out."""
 
     def __init__(
-        self, bundle: str, fingerprint: str, label: str, column: str | None, wanted: _Wanted
+        self, bundle: str, fingerprint: str, label: str, column: str | None, wanted: Chosen
     ) -> None:
         import torch
 
@@ -279,15 +191,15 @@ def _predict(
     archive: str,
     shards: Sequence[Shard],
     label: str,
-    wanted: _Wanted,
+    wanted: Chosen,
     resources: cluster.Resources,
     progress: Progress,
 ) -> tuple[pa.Table, dict[str, str]]:
     """Every row of the archive once, in order of (shard, row), and what is wrong with shards."""
     data = manifest.training.data
     fields = tuple(name for name in dict.fromkeys((label, data.split)) if name is not None)
-    gpus = int(resources.gpus)
-    actors = gpus or max(1, int(resources.cpus))
+    gpus = resources.gpus
+    actors = gpus or max(1, resources.cpus)
     dataset = chunks_dataset(
         archive,
         [Piece(shard) for shard in shards],
@@ -336,7 +248,7 @@ def _predict(
 
 
 def _metrics(
-    chosen: pa.Table, manifest: Manifest, found: pa.Table, column: str | None, wanted: _Wanted
+    chosen: pa.Table, manifest: Manifest, found: pa.Table, column: str | None, wanted: Chosen
 ) -> dict[str, Any]:
     """Counts over the chosen rows. Raises ConfigError when none of them can be counted."""
     labels = pa.array(manifest.labels, pa.string())

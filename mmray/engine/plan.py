@@ -47,9 +47,7 @@ def absolute(cfg: TrainConfig) -> TrainConfig:
     data = cfg.data.model_copy(update={"archive": storage.absolute(cfg.data.archive)})
     kept = cfg.train.checkpoints and storage.absolute(cfg.train.checkpoints)
     train = cfg.train.model_copy(update={"checkpoints": kept})
-    return cfg.model_copy(
-        update={"data": data, "train": train, "out": storage.absolute(cfg.out)}
-    )
+    return cfg.model_copy(update={"data": data, "train": train, "out": storage.absolute(cfg.out)})
 
 
 def make_plan(cfg: TrainConfig, shards: Sequence[Shard]) -> Plan:

@@ -16,13 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 
+from mmray import splits
 from mmray.archive import rows
 from mmray.archive.shards import Shard
 from mmray.config import Columns, Modalities, Preprocess
 from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset
-from mmray.engine.scan import map_chunks, pack_table, records, unpack_table
+from mmray.engine.scan import (
+    LabelledRows,
+    by_shard,
+    map_chunks,
+    pack_table,
+    records,
+    unpack_table,
+)
 from mmray.errors import BadRow
 from mmray.preprocess import Prepared, Preprocessor, TextTokenizer
 
@@ -89,9 +98,7 @@ def wanted_rows(data: LabelledRows) -> dict[str, Wanted]:
     classes = by_shard(data.rows, codes.astype(np.int32))
     devs = by_shard(data.rows, dev)
     return {
-        shard: Wanted(codes, devs[shard])
-        for shard, codes in classes.items()
-        if (codes >= 0).any()
+        shard: Wanted(codes, devs[shard]) for shard, codes in classes.items() if (codes >= 0).any()
     }
 
 

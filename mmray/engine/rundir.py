@@ -1,10 +1,10 @@
 """The place of an unfinished training run: what was asked, and what is needed to go on.
 
-    RUN/run.json              the config and the archive it belongs to
-    RUN/tokenizer.json        trained on the training captions
-    RUN/checkpoints/          Ray Train's
-    RUN/best-<epoch>.safetensors   weights of the best epoch so far
-    RUN/history.json          what was measured after each epoch; this and run.json stay
+RUN/run.json              the config and the archive it belongs to
+RUN/tokenizer.json        trained on the training captions
+RUN/checkpoints/          Ray Train's
+RUN/best-<epoch>.safetensors   weights of the best epoch so far
+RUN/history.json          what was measured after each epoch; this and run.json stay
 """
 
 from __future__ import annotations

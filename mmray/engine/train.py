@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 import ray.train
 
 from mmray import splits, storage
-from mmray.archive import rows
-from mmray.archive.shards import read_shard
-from mmray.bundle import Bundle, Training, make
+from mmray.bundle import Bundle
 from mmray.config import TrainConfig
 from mmray.engine import cluster, rundir
 from mmray.engine.board import Board
+from mmray.engine.bundling import save_bundle
 from mmray.engine.plan import Plan, absolute, initial_weights, make_plan, spec_of
-from mmray.engine.prepared import PreparedSet, Recipe, Wanted, prepare
-from mmray.engine.scan import archive_shards, by_shard, scan
+from mmray.engine.prepared import PreparedSet, Recipe, prepare, wanted_rows
+from mmray.engine.scan import LabelledRows, archive_shards, scan
+from mmray.engine.workers import Workers, choose_workers
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.preprocess import TextTokenizer, train_tokenizer
 from mmray.report.progress import duration
@@ -40,7 +37,6 @@ SAY_SECONDS = 10.0  # between lines of progress
 SAVE_SECONDS = 120.0  # between checkpoints inside an epoch
 KEEP_CHECKPOINTS = 2
 WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
-GOLDEN_CANDIDATES = 128  # dev rows that golden pairs are chosen from
 MEMORY_SHARE = 0.8  # of the object store, for prepared rows
 
 #: Defaults for Ray's own part, which knows them by no other way.
@@ -183,7 +179,7 @@ class _Training:
             lambda: prepare(
                 plan.archive,
                 plan.shards,
-                data.wanted(),
+                wanted_rows(data),
                 Recipe(cfg.preprocess, kept, cfg.model.modalities),
                 columns=cfg.data.columns,
                 readers=self.readers,

@@ -1,0 +1,100 @@
+"""Which rows of an archive an evaluation counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.compute as pc
+
+from mmray import splits
+from mmray.archive import rows
+from mmray.archive.shards import Shard
+from mmray.bundle import Manifest
+from mmray.engine.rundir import archive_digest
+from mmray.engine.scan import by_shard, field_names, scan
+from mmray.errors import ConfigError
+
+AUTO, ALL = "auto", "all"
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Which rows count: those whose ``column`` has ``value``, or that are marked in ``marks`` (bool
+    by row, by shard), or all. ``side``: "train" or "dev", where ``marks`` are still to be found."""
+
+    text: str
+    column: str | None = None
+    value: str | None = None
+    side: str | None = None
+    marks: Mapping[str, npt.NDArray[np.bool_]] | None = None
+
+    def takes(self, sample: rows.Sample) -> bool:
+        if self.marks is not None:
+            return bool(self.marks[sample.shard][sample.row])
+        if self.column is not None:
+            return splits.label_text(sample.fields.get(self.column)) == self.value
+        return True
+
+
+def choose_rows(
+    manifest: Manifest,
+    archive: str,
+    shards: Sequence[Shard],
+    samples: Sequence[rows.Sample],
+    split: str,
+) -> Chosen:
+    """What ``split`` means for this archive. Raises ConfigError when it means nothing."""
+    data = manifest.training.data
+    if split == ALL:
+        return Chosen("all labelled rows")
+    column = data.split
+    there = column is not None and any(
+        splits.label_text(sample.fields.get(column)) is not None for sample in samples
+    )
+    if there:
+        value = data.dev if split == AUTO else split
+        return Chosen(f"rows with {column} = {value}", column=column, value=value)
+    known = manifest.training.split.get("archive_digest") == archive_digest(shards)
+    trained_here = known or data.archive == archive  # a copy of the archive is the archive
+    if split == AUTO and not trained_here:
+        return Chosen("all labelled rows (another archive than the training's, with no split)")
+    sides = {AUTO: splits.DEV, data.dev: splits.DEV, data.train: splits.TRAIN}
+    if not trained_here or split not in sides:
+        names = ", ".join(field_names(samples)) or "none"
+        raise ConfigError(
+            f"--split: got {split!r}; the archive has no field {column!r} with values (there are: "
+            f"{names}); allowed: auto, all"
+        )
+    if not known:
+        raise ConfigError(
+            f"--split: {archive} has changed since the bundle was trained, so the rows that were "
+            "held out by seed are not known any more; use --split all, or an archive of other rows"
+        )
+    return Chosen(f"{sides[split]} rows of the seeded split", side=sides[split])
+
+
+def held_out(
+    chosen: Chosen,
+    manifest: Manifest,
+    archive: str,
+    shards: Sequence[Shard],
+    *,
+    readers: int,
+) -> Chosen:
+    """``chosen`` with the rows of its side, decided anew as training did."""
+    data = manifest.training.data
+    found = scan(
+        archive,
+        shards,
+        columns=data.columns,
+        label=data.label,
+        split=data.split,
+        captions=False,
+        readers=readers,
+    ).rows
+    sides = splits.assign(found, data=data, seed=manifest.training.seed).sides
+    mine = pc.fill_null(pc.equal(sides, chosen.side), False).to_numpy(zero_copy_only=False)
+    return Chosen(chosen.text, marks=by_shard(found, mine))
