@@ -9,7 +9,8 @@ import click
 import pytest
 import tiny
 
-from mmray import cli
+from mmray import cli, config
+from mmray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 VERBS = ("pack", "inspect", "train", "evaluate", "score", "verify", "demo")
@@ -30,6 +31,16 @@ def test_the_readme_and_no_other_text_documents_every_verb() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for verb in VERBS:
         assert f"`mmray {verb}" in readme
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "jobs" / "configs").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_a_shipped_config_needs_only_an_archive_and_a_place(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.archive: missing.*out: missing"):
+        config.load(path)
+    loaded = config.load(path, ["data.archive=here", "out=there"])
+    assert loaded.model.image.weights is None, "a shipped config names no file outside the project"
 
 
 @pytest.mark.parametrize(
@@ -57,8 +68,8 @@ def test_a_mistake_is_one_line_that_says_what_is_allowed(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = str(ROOT / "jobs" / "configs" / "classic.yaml")
-    assert cli.run([part.format(config=config) for part in line]) == code
+    classic = str(ROOT / "jobs" / "configs" / "classic.yaml")
+    assert cli.run([part.format(config=classic) for part in line]) == code
     error = capsys.readouterr().err
     assert error.startswith("mmray: ") and error.count("\n") == 1
     for word in words:
