@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -28,7 +29,8 @@ from mmray.config import load
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
-START_SECONDS = 180  # a dozen processes, perhaps on a busy machine
+START_SECONDS = 120
+START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine can take
 
 
 @dataclass(frozen=True)
@@ -56,33 +58,84 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """`ray start --head` with a token, in its own processes and directory; ended by their group."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets live below it
-    gcs, dashboard, client, agent = free_ports(4)
-    environment = {
-        name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))
-    }
-    environment |= {
-        "HOME": str(folder),  # no token of ours is found there, and none is left there
-        "PATH": f"{BIN}:{environment['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "NO_PROXY": "127.0.0.1",
-    }
-    command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2", "--disable-usage-stats"]
-    command += [f"--temp-dir={folder}/ray", f"--port={gcs}", f"--dashboard-port={dashboard}"]
-    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
-    command += ["--min-worker-port=0", "--max-worker-port=0", "--object-store-memory=200000000"]
-    with (folder / "start.log").open("w") as log:
-        process = subprocess.Popen(
-            command, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-    try:
-        wait_for(f"http://127.0.0.1:{dashboard}/api/version", process, folder)
-        yield Cluster(f"http://127.0.0.1:{dashboard}", environment)
-        assert process.poll() is None, f"the cluster ended by itself:\n{logs(folder)}"
-    finally:
-        end(process)
-        shutil.rmtree(folder, ignore_errors=True)
+    for attempt in range(1, START_ATTEMPTS + 1):
+        folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets live below it
+        head = Head(folder)
+        try:
+            if not head.started():
+                assert attempt < START_ATTEMPTS, f"the cluster did not start:\n{head.logs()}"
+                continue
+            yield Cluster(head.dashboard, head.environment)
+            assert head.process.poll() is None, f"the cluster ended by itself:\n{head.logs()}"
+            return
+        finally:
+            head.end()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class Head:
+    """The processes of a head node, all below ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        gcs, dashboard, client, agent = free_ports(4)
+        self.dashboard = f"http://127.0.0.1:{dashboard}"
+        self.environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "AWS_"))
+        } | {
+            "HOME": str(folder),  # no token of ours is found there, and none is left there
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "NO_PROXY": "127.0.0.1",
+        }
+        command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2"]
+        command += [f"--temp-dir={folder}/ray", f"--port={gcs}", f"--dashboard-port={dashboard}"]
+        command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+        command += ["--object-store-memory=200000000"]
+        with (folder / "start.log").open("w") as log:
+            self.process = subprocess.Popen(
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def started(self) -> bool:
+        """Wait until it has announced itself on this machine and its dashboard wants a token."""
+        deadline = time.monotonic() + START_SECONDS
+        while self.process.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f"{self.dashboard}/api/version", timeout=5)
+            except urllib.error.HTTPError as error:
+                assert error.code == 401, f"the dashboard answers {error.code}"
+                if (self._folder / "ray" / "ray_current_cluster").exists():
+                    return True
+            except OSError:
+                pass  # nobody listens yet
+            else:
+                pytest.fail("the dashboard answers without a token")
+            time.sleep(0.5)
+        return False
+
+    def end(self) -> None:
+        """End this cluster and no other: `ray stop` would end every Ray of this machine."""
+        self.process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=10)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def logs(self) -> str:
+        """What may say why it is not there."""
+        folder = self._folder / "ray" / "session_latest" / "logs"
+        found = [(self._folder / "start.log").read_text()[-3000:]]
+        for name in ("raylet.out", "gcs_server.out"):
+            if (folder / name).exists():
+                lines = (folder / name).read_text().splitlines()
+                found += [f"{name}: {line}" for line in lines if re.search(r" [WECF] \d+ ", line)]
+        return "\n".join(found)
 
 
 def free_ports(count: int) -> list[int]:
@@ -91,44 +144,6 @@ def free_ports(count: int) -> list[int]:
         for listener in sockets:
             listener.bind(("127.0.0.1", 0))
         return [listener.getsockname()[1] for listener in sockets]
-
-
-def wait_for(url: str, process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Until the cluster has announced itself on this machine and its dashboard wants a token."""
-    deadline = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=5)
-        except urllib.error.HTTPError as error:
-            assert error.code == 401, f"the dashboard answers {error.code}"
-            if (folder / "ray" / "ray_current_cluster").exists():
-                return
-        except OSError:
-            pass  # nobody listens yet
-        else:
-            pytest.fail("the dashboard answers without a token")
-        time.sleep(0.5)
-    pytest.fail(f"the cluster did not start:\n{logs(folder)}")
-
-
-def logs(folder: Path) -> str:
-    """The ends of the logs that say why a cluster is not there."""
-    names = ["raylet.out", "raylet.err", "gcs_server.out", "dashboard_agent.log"]
-    paths = [folder / "ray" / "session_latest" / "logs" / name for name in names]
-    return "\n".join(
-        f"== {path.name}\n{path.read_text()[-2000:]}"
-        for path in [folder / "start.log", *paths]
-        if path.exists()
-    )
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End one cluster and no other: `ray stop` would end every Ray of this machine."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=10)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_without_the_token_no_job_is_taken(cluster: Cluster, tmp_path: Path) -> None:
