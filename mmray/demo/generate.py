@@ -13,7 +13,7 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -86,15 +86,24 @@ def pairs(count: int, seed: int = 0) -> Iterator[Pair]:
         )
 
 
-def write_source(folder: Path, count: int, broken: int = 0, seed: int = 0) -> None:
+def write_source(
+    folder: Path,
+    count: int,
+    broken: int = 0,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """``folder/images/*.jpg`` and ``folder/pairs.csv`` (image, caption, label, split), as
-    ``mmray pack`` takes them. The first ``broken`` pictures of the training split are damaged."""
+    ``mmray pack`` takes them. The first ``broken`` pictures of the training split are damaged.
+    ``progress`` gets the number of pairs so far, now and then."""
     (folder / "images").mkdir(parents=True)
     damaged = 0
     with open(folder / TABLE, "w", newline="", encoding="utf-8") as handle:
         writer = csv.writer(handle)
         writer.writerow(["image", "caption", "label", "split"])
-        for pair in pairs(count, seed):
+        for number, pair in enumerate(pairs(count, seed)):
+            if progress is not None and number and number % 1000 == 0:
+                progress(number)
             image = pair.image
             if pair.split == "train" and damaged < broken:
                 image = damage(image, BAD_IMAGES[damaged % len(BAD_IMAGES)])

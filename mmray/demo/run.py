@@ -135,7 +135,12 @@ def ends_on_sigterm() -> Iterator[None]:
 
 def make_archive(source: Path, archive: str, size: Size, story: Story) -> int:
     """Generate, pack, add the tar of odd members; returns how many rows are broken on purpose."""
-    generate.write_source(source, size.pairs, broken=size.broken)
+    generate.write_source(
+        source,
+        size.pairs,
+        broken=size.broken,
+        progress=lambda done: story.say(f"  {done:,} of {size.pairs:,} drawn"),
+    )
     story.say(f"  drawn and written: {source}")
     story.say(f"  {pack(str(source), archive, shard_rows=size.shard_rows)}")
     with tempfile.TemporaryDirectory() as scratch:
