@@ -17,7 +17,7 @@ import click
 
 from mmray import __version__
 from mmray.errors import ConfigError, MmrayError
-from mmray.report.progress import Console, share
+from mmray.report.progress import Console, Tally
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
@@ -98,7 +98,7 @@ def pack(
     from mmray.archive.pack import pack as write
     from mmray.config import Columns
 
-    console = Console()
+    tally = Tally(Console(), "pairs packed")
     report = write(
         source,
         dest,
@@ -107,9 +107,9 @@ def pack(
         columns=Columns(image=image_column, caption=caption_column),
         label=label_column,
         overwrite=overwrite,
-        progress=lambda done, total: console.show(lambda: share(done, total, "pairs packed")),
+        progress=tally,
     )
-    console.end()
+    tally.end()
     if to_json:
         _print_json(report.to_json())
     else:
@@ -137,16 +137,16 @@ def inspect(
     from mmray.config import Columns
     from mmray.report.inspect import inspect as look
 
-    console = Console()
+    tally = Tally(Console(), "shards read")
     found = look(
         archive,
         columns=Columns(image=image_column, caption=caption_column),
         label=label,
         max_shards=max_shards,
         examples=examples,
-        progress=lambda done, total: console.show(lambda: share(done, total, "shards read")),
+        progress=tally,
     )
-    console.end()
+    tally.end()
     if to_json:
         _print_json(found.to_json())
     else:

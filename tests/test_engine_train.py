@@ -341,6 +341,20 @@ def test_clearing_a_run_leaves_what_is_not_its_own(archive: Path, tmp_path: Path
     assert sorted(path.name for path in place.iterdir()) == ["notes.txt", "run.json"]
 
 
+def test_a_run_without_a_checkpoint_keeps_nobody_out(archive: Path, tmp_path: Path) -> None:
+    """A config that failed at once may be mended without deleting anything."""
+    place, shards = str(tmp_path / "run"), list(list_shards(str(archive)))
+    cfg, other = config(archive, tmp_path), config(archive, tmp_path, train__lr=0.5)
+    rundir.begin(place, cfg, shards)
+    assert not rundir.open_run(place, cfg, shards) and not rundir.open_run(place, other, shards)
+    snapshot = tmp_path / "run" / rundir.CHECKPOINTS / rundir.SNAPSHOT
+    snapshot.parent.mkdir()
+    snapshot.write_text("{}")
+    assert rundir.open_run(place, cfg, shards)
+    with pytest.raises(ConfigError, match=r"unfinished.*train\.lr is 0\.02, asked 0\.5"):
+        rundir.open_run(place, other, shards)
+
+
 def test_a_torn_snapshot_does_not_lock_a_run_out(tmp_path: Path) -> None:
     """Ray rewrites the file in place; a kill at that moment leaves half of it."""
     snapshot = tmp_path / "checkpoints" / rundir.SNAPSHOT

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -16,19 +17,22 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import tiny
 import yaml
 
+from mmray import ledger, storage
 from mmray.config import load
+from mmray.verify import verify
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+(JOB,) = re.findall(r"^```sh\n(ray job submit .*)\n```", README, re.MULTILINE)
 START_SECONDS = 120
 START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine can take
 
@@ -42,13 +46,18 @@ class Cluster:
 
     def submit(self, *command: str, token: bool = True) -> subprocess.CompletedProcess[str]:
         """`ray job submit`, following the job's logs to its end."""
-        environment = dict(self.environment)
+        line = ["ray", "job", "submit", "--working-dir", ".", "--", *command]
+        return self.run(line, token=token)
+
+    def run(self, line: Sequence[str], *, token: bool = True) -> subprocess.CompletedProcess[str]:
+        """A command of Ray's from the project's root, by someone who has the token, or not."""
+        environment = {**self.environment, "RAY_API_SERVER_ADDRESS": self.dashboard}
         if not token:
             environment = {k: v for k, v in environment.items() if not k.startswith("RAY_AUTH_")}
         return subprocess.run(
-            [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *command],
+            [BIN / line[0], *line[1:]],
             cwd=ROOT,
-            env={**environment, "RAY_API_SERVER_ADDRESS": self.dashboard},
+            env=environment,
             capture_output=True,
             text=True,
             timeout=500,
@@ -56,8 +65,9 @@ class Cluster:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    """`ray start --head` with a token, in its own processes and directory; ended by their group."""
+def cluster(s3_endpoint: object) -> Iterator[Cluster]:
+    """`ray start --head` with a token, in its own processes and directory; ended by their group.
+    The S3 endpoint and its keys are in the environment of the node."""
     for attempt in range(1, START_ATTEMPTS + 1):
         folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets live below it
         head = Head(folder)
@@ -81,9 +91,7 @@ class Head:
         gcs, dashboard, client, agent = free_ports(4)
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("RAY_", "AWS_"))
+            name: value for name, value in os.environ.items() if not name.startswith("RAY_")
         } | {
             "HOME": str(folder),  # no token of ours is found there, and none is left there
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -153,23 +161,25 @@ def test_without_the_token_no_job_is_taken(cluster: Cluster, tmp_path: Path) -> 
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_submitted_score_job_is_followed_and_gives_every_row(
+def test_the_command_of_the_readme_is_followed_and_gives_every_row(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    archive = tiny.write_archive(tmp_path / "archive", [7, 5])
-    bundle, out = tiny.bundle(str(tmp_path / "bundle")), tmp_path / "scores"
-    arguments = [bundle, str(archive), "--out", str(out), "--actors", "1"]
-    job = cluster.submit("python", "jobs/score.py", *arguments)
+    """As it stands there: from S3 to S3, where the bucket is called "bucket"."""
+    storage.client().create_bucket(Bucket="bucket")
+    tiny.bundle("s3://bucket/model")
+    for file in sorted(tiny.write_archive(tmp_path, [7, 5]).glob("*.tar")):
+        storage.write_bytes(f"s3://bucket/archive/{file.name}", file.read_bytes())
+
+    job = cluster.run(shlex.split(JOB))
     print(job.stdout)
     assert job.returncode == 0, job.stdout + job.stderr
     assert "succeeded" in job.stdout + job.stderr
-    assert "12" in job.stdout + job.stderr, "its progress is to be followed from here"
+    assert "scored 12 of 12 rows" in job.stdout + job.stderr, "it is to be followed from here"
 
-    check = [sys.executable, "-m", "mmray", "verify", str(out), "--json"]
-    verdict = json.loads(subprocess.run(check, capture_output=True, text=True, check=True).stdout)
-    assert verdict["ok"] and verdict["rows"] == verdict["scored"] == 12
-    files = sorted((out / "scores").glob("*.parquet"))
-    assert [pq.read_metadata(file).num_rows for file in files] == [7, 5]
+    verdict = verify("s3://bucket/scores")
+    assert verdict.ok and verdict.rows == verdict.scored == 12
+    records = [ledger.read_record(f"s3://bucket/scores/scores/{i:05d}.tar.parquet") for i in (0, 1)]
+    assert [rows for _, rows in records] == [7, 5]
 
 
 def test_a_job_with_a_wrong_argument_fails_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
@@ -191,7 +201,7 @@ found = cluster.connect()
 @ray.remote(num_cpus=0)
 def seen():
     import os, mmray
-    return os.environ.get("AWS_ENDPOINT_URL"), "AWS_SECRET_ACCESS_KEY" in os.environ, mmray.__file__
+    return os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_SECRET_ACCESS_KEY"], mmray.__file__
 
 most = [found.max_cpus, found.max_gpus]
 print(json.dumps([found.cpus, *most, *ray.get(seen.remote())]))
@@ -218,7 +228,7 @@ def test_a_command_beside_the_cluster_joins_it_with_its_code_and_endpoint_but_no
     )
     assert joined.returncode == 0, joined.stderr
     cpus, max_cpus, max_gpus, endpoint, key, code = json.loads(joined.stdout.splitlines()[-1])
-    assert (cpus, endpoint, key) == (2, "http://storage.example", False)
+    assert (cpus, endpoint, key) == (2, "http://storage.example", "test"), "the node's own key"
     assert (max_cpus, max_gpus) == (24 * 16, 8), "cluster.yaml may grow to this"
     assert Path(code).parent != ROOT / "mmray", "the nodes' own mmray, perhaps an older one"
 

@@ -19,7 +19,8 @@ from typing import Any
 import ray
 import yaml
 from ray._private import services, worker  # what is used of them is not to be had in public
-from ray.data import DataContext
+from ray.data import ActorPoolStrategy, DataContext
+from ray.data._internal.execution import streaming_executor_state
 from ray.exceptions import AuthenticationError
 
 import mmray
@@ -52,6 +53,31 @@ class Resources:
     object_store_bytes: int
     max_cpus: int
     max_gpus: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """How many scoring actors there may be, and whether each has a GPU or a core of its own."""
+
+    least: int
+    most: int
+    gpu: bool
+
+    def strategy(self, *, pieces: int, in_flight: int | None = None) -> ActorPoolStrategy:
+        """For ``pieces`` of work: no more actors than that; ``in_flight`` chunks at each."""
+        return ActorPoolStrategy(
+            min_size=min(self.least, pieces),
+            max_size=min(self.most, pieces),
+            max_tasks_in_flight_per_actor=in_flight,
+        )
+
+
+def pool(have: Resources, asked: int | None = None) -> Pool:
+    """One actor a GPU where there are any, else one a CPU, as many as the cluster may grow to;
+    ``asked`` fixes the number."""
+    gpu = have.max_gpus > 0
+    now, most = (have.gpus, have.max_gpus) if gpu else (have.cpus, have.max_cpus)
+    return Pool(asked or max(1, now), asked or max(1, most), gpu)
 
 
 def connect(*, num_cpus: int | None = None, log_to_driver: bool = False) -> Resources:
@@ -218,17 +244,27 @@ def _runtime_env() -> dict[str, Any]:
     return environment
 
 
-def _line(error: Exception) -> str:
+def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
 def _quiet_data() -> None:
     """Ray Data tells of every dataset and draws bars; mmray says what is done.
 
-    Its warnings are still shown, and its log file in Ray's session directory keeps all.
+    Its warnings are still shown, and its log file in Ray's session directory keeps all. What a
+    lost worker raised is said without its traceback, which is Ray's own, and which would keep the
+    pool's actors, and their CPUs, for as long as a log handler keeps the record.
     """
     DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.setLevel(logging.WARNING)
+    logging.getLogger(streaming_executor_state.__name__).addFilter(_without_traceback)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    if record.exc_info and record.exc_info[1] is not None:
+        record.msg = f"{record.getMessage()} {_line(record.exc_info[1])}"
+        record.args, record.exc_info = (), None
+    return True

@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import ray
 
 from mmray import splits, storage
 from mmray.archive import rows
@@ -198,8 +197,7 @@ def _predict(
     """Every row of the archive once, in order of (shard, row), and what is wrong with shards."""
     data = manifest.training.data
     fields = tuple(name for name in dict.fromkeys((label, data.split)) if name is not None)
-    gpus = resources.gpus
-    actors = gpus or max(1, resources.cpus)
+    pool = cluster.pool(resources)
     dataset = chunks_dataset(
         archive,
         [Piece(shard) for shard in shards],
@@ -208,16 +206,16 @@ def _predict(
             fields=fields,
             images=manifest.spec["config"]["modalities"] != "text",
         ),
-        readers=actors,
+        readers=pool.most,
     ).map_batches(
         _Evaluator,
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
         fn_constructor_args=(bundle, manifest.fingerprint, label, data.split, wanted),
-        compute=ray.data.ActorPoolStrategy(size=actors),
+        compute=pool.strategy(pieces=len(shards)),
         num_cpus=PREDICTOR_CPUS,
-        num_gpus=1 if gpus else None,
+        num_gpus=1 if pool.gpu else None,
     )
     empty = predictions_schema(manifest.labels).append(pa.field(CHOSEN, pa.bool_())).empty_table()
     tables, totals, problems = [empty], {}, {}

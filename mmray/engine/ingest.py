@@ -10,9 +10,11 @@ order, as Ray assumes when it runs a read task again.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -50,6 +52,7 @@ class Piece:
     """Rows ``[start, stop)`` of a shard (None: to its end), less the intervals already covered.
 
     A ``whole`` piece reports the shard's total when it ends; a part of one does not know it.
+    ``chunk_rows`` is for this piece alone; None: as all others.
     """
 
     shard: Shard
@@ -57,6 +60,7 @@ class Piece:
     stop: int | None = None
     covered: tuple[tuple[int, int], ...] = ()
     whole: bool = True
+    chunk_rows: int | None = None
 
     def skips(self, row: int) -> bool:
         return any(start <= row < stop for start, stop in self.covered)
@@ -93,9 +97,23 @@ def chunks_dataset(
         _Pieces(root, strips, options),
         override_num_blocks=len(strips),
         num_cpus=cpus,
+        concurrency=readers,
     )
     dataset.context.target_max_block_size = 1  # every chunk leaves as soon as it is read
     return dataset
+
+
+@contextmanager
+def running(dataset: ray.data.Dataset) -> Iterator[Iterator[pa.Table]]:
+    """The dataset's blocks as they come; leaving ends its tasks and actors, however far it came."""
+    try:
+        yield iter(
+            dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        )
+    finally:
+        if dataset._current_executor is not None:
+            dataset._current_executor.shutdown(force=True)
+        gc.collect()  # a pool's actors hold their CPUs until the last handle is gone
 
 
 def samples_of(batch: pa.Table) -> Iterator[list[rows.Sample]]:
@@ -175,7 +193,8 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
         skip=piece.skips if piece.covered else None,
     )
     began = time.perf_counter()
-    for chunk in rows.chunks(stream, options.chunk_rows, options.chunk_bytes):
+    chunk_rows = piece.chunk_rows or options.chunk_rows
+    for chunk in rows.chunks(stream, chunk_rows, options.chunk_bytes):
         if isinstance(chunk, rows.ShardEnd):
             if piece.whole:
                 yield _row(piece.shard.path, chunk.rows, total=chunk.rows, problem=chunk.problem)

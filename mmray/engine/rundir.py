@@ -65,11 +65,12 @@ def finished(cfg: TrainConfig, shards: Sequence[Shard]) -> Manifest | None:
 
 
 def open_run(place: str, cfg: TrainConfig, shards: Sequence[Shard]) -> bool:
-    """Whether an unfinished run of this config is there to go on.
+    """Whether an unfinished run of this config is there to go on; one without a checkpoint is not
+    worth it.
 
     Raises ConfigError when the place belongs to another config or the archive has changed.
     """
-    if not is_open(place):
+    if not is_open(place) or not storage.exists(_snapshot(place)):
         return False
     record = json.loads(storage.read_bytes(storage.join(place, RECORD)))
     _refuse_other(f"{place}: holds an unfinished training run", record["config"], identity(cfg))
@@ -83,25 +84,24 @@ def open_run(place: str, cfg: TrainConfig, shards: Sequence[Shard]) -> bool:
 
 def begin(place: str, cfg: TrainConfig, shards: Sequence[Shard]) -> None:
     """Clear the place and write down what is asked."""
-    _clear(place)
+    clear(place)
     _write(place, RECORD, _record(cfg, shards, done=False))
 
 
 def drop_torn_snapshot(place: str) -> None:
     """Ray rewrites its snapshot in place; killed just then, it leaves one that it cannot read. The
     run then starts over, which is better than never again."""
-    path = storage.join(place, CHECKPOINTS, SNAPSHOT)
     try:
-        json.loads(storage.read_bytes(path))
+        json.loads(storage.read_bytes(_snapshot(place)))
     except NotFound:
         return
     except ValueError:
-        storage.delete(path)
+        storage.delete(_snapshot(place))
 
 
 def close(place: str, cfg: TrainConfig, shards: Sequence[Shard], history: Any) -> None:
     """The bundle is written: leave the record and the history, drop the rest."""
-    _clear(place)
+    clear(place)
     _write(place, HISTORY, history)
     _write(place, RECORD, _record(cfg, shards, done=True))
 
@@ -120,7 +120,7 @@ def best_name(epoch: int) -> str:
     return f"best-{epoch}.safetensors"
 
 
-def _clear(place: str) -> None:
+def clear(place: str) -> None:
     """Remove what runs leave here, and nothing else."""
     storage.delete_all(storage.join(place, CHECKPOINTS))
     try:
@@ -130,6 +130,10 @@ def _clear(place: str) -> None:
     for name in names:
         if name in (RECORD, TOKENIZER, HISTORY) or _BEST.fullmatch(name):
             storage.delete(storage.join(place, name))
+
+
+def _snapshot(place: str) -> str:
+    return storage.join(place, CHECKPOINTS, SNAPSHOT)
 
 
 def _record(cfg: TrainConfig, shards: Sequence[Shard], *, done: bool) -> dict[str, Any]:

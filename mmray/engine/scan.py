@@ -22,7 +22,7 @@ from mmray.archive import rows
 from mmray.archive.shards import Shard, list_shards, read_shard
 from mmray.archive.want import ALL_FIELDS
 from mmray.config import Columns
-from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, samples_of
+from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, running, samples_of
 from mmray.errors import ConfigError, MmrayError, RunError
 
 PEEK_SHARDS, PEEK_ROWS = 8, 64
@@ -158,11 +158,12 @@ def check_complete(found: pa.Table, totals: Mapping[str, int], shards: Sequence[
 
 def records(dataset: Any) -> Iterator[dict[str, Any]]:
     """The rows of a dataset of ours; raises MmrayError for one that says so."""
-    for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for record in batch.to_pylist():
-            if record["failure"] is not None:
-                raise MmrayError(record["failure"])
-            yield record
+    with running(dataset) as batches:
+        for batch in batches:
+            for record in batch.to_pylist():
+                if record["failure"] is not None:
+                    raise MmrayError(record["failure"])
+                yield record
 
 
 def _identify(batch: pa.Table, *, label: str, split: str | None, captions: bool) -> pa.Table:

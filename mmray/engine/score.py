@@ -1,15 +1,14 @@
 """Score an archive: todo -> read -> decode -> predict -> parts -> shard files.
 
 A pass sends every piece still to do through Ray Data and gets receipts back. What has no receipt
-after a pass lost its worker; it is run again in halves until the row that kills stands alone, and
-that row is set aside. See DESIGN: a run's only state is the files in OUT.
+after a pass lost its worker and goes into another pass, see ``losses``. A run's only state is the
+files in OUT.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,7 +23,8 @@ from mmray.bundle import read_manifest
 from mmray.engine import cluster
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
-from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset
+from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, running
+from mmray.engine.losses import Losses, call_witness
 from mmray.engine.scorer import Scorer
 from mmray.errors import MmrayError, RunError
 from mmray.report.progress import Console, Meter, duration
@@ -34,7 +34,6 @@ __all__ = ["ScoreOptions", "score"]
 
 SCORER_CPUS = 0.9  # the rest of each core is for the readers
 COMMITS_IN_FLIGHT = 16
-ALONE_ATTEMPTS = 2  # a row that kills a worker twice, alone, is set aside
 STALLED_PASSES = 3
 
 
@@ -127,7 +126,7 @@ class _Job:
             resumed_bytes=done,
             done_shards=len(run.targets) - len(todo),
         )
-        self._alone: Counter[tuple[str, int]] = Counter()
+        self._losses = Losses()
         self._commits: list[Any] = []
         self._commit = ray.remote(num_cpus=0)(ledger.commit)
         self._light_run: Any = None
@@ -139,11 +138,13 @@ class _Job:
         )
         resources = cluster.connect()
         self._light_run = ray.put(replace(self._run, targets=()))
-        pieces, stalled = self._first_pieces(), 0
+        pieces, stalled, witness = self._first_pieces(), 0, None
         while pieces:
             before = self._remaining()
-            self._one_pass(pieces, resources)
+            self._one_pass(pieces, resources, witness)
             self._finish_commits(0)
+            if witness is not None:
+                self._losses.hear(witness, self._lost())
             stalled = 0 if self._remaining() < before else stalled + 1
             if stalled == STALLED_PASSES:
                 raise RunError(
@@ -151,50 +152,44 @@ class _Job:
                     f"first {next(iter(self._open))}: its readers die; look at the workers' logs"
                 )
             pieces = self._pieces_again()
+            witness = call_witness()
         self._console.show(self.meter.line, force=True)
         self._console.end()
 
     def _remaining(self) -> tuple[int, int, int]:
         """Shrinks with every pass that achieves something."""
         unknown = sum(shard.total is None for shard in self._open.values())
-        missing = [b - a for shard in self._open.values() for a, b in shard.missing()]
-        return len(self._open), unknown, sum(missing) - len(missing) - sum(self._alone.values())
+        lost = sum(b - a for intervals in self._lost().values() for a, b in intervals)
+        return len(self._open), unknown, lost - self._losses.known
+
+    def _lost(self) -> dict[str, list[ledger.Interval]]:
+        return {path: shard.missing() for path, shard in self._open.items()}
 
     # --- pieces --------------------------------------------------------------------------------
 
     def _first_pieces(self) -> list[Piece]:
-        return [
-            Piece(s.target.shard, 0, s.target.stop, tuple(ledger.joined(s.covered)))
-            for s in self._open.values()
-        ]
+        return [self._whole(shard) for shard in self._open.values()]
+
+    def _whole(self, shard: _Shard) -> Piece:
+        """All of a shard that no part covers."""
+        covered = tuple(ledger.joined(shard.covered))
+        return Piece(shard.target.shard, 0, shard.target.stop, covered)
 
     def _pieces_again(self) -> list[Piece]:
-        """What the last pass left: lost intervals in halves, whole shards whose reader died."""
+        """What the last pass left: lost rows, and whole shards whose reader died."""
         pieces: list[Piece] = []
-        for shard in list(self._open.values()):
+        for path, shard in list(self._open.items()):
             if shard.total is None:
-                stop = shard.target.stop
-                pieces.append(
-                    Piece(shard.target.shard, 0, stop, tuple(ledger.joined(shard.covered)))
-                )
+                pieces.append(self._whole(shard))
                 continue
-            for start, stop in shard.missing():
-                pieces += self._halves(shard, start, stop)
+            for row in self._losses.guilty(path, shard.missing()):
+                self._set_aside(shard, row)
+            pieces += self._losses.pieces(shard.target.shard, shard.missing())
             self._commit_if_covered(shard)
+        self._finish_commits(0)
         if pieces:
-            self._console.say(f"running {len(pieces):,} pieces again whose workers died")
+            self._console.say(f"{len(pieces):,} pieces lost their worker; running them again")
         return pieces
-
-    def _halves(self, shard: _Shard, start: int, stop: int) -> list[Piece]:
-        name = shard.target.shard.path
-        if stop - start == 1:
-            if self._alone[name, start] >= ALONE_ATTEMPTS:
-                self._set_aside(shard, start)
-                return []
-            self._alone[name, start] += 1
-        middle = max(start + 1, (start + stop) // 2)
-        bounds = [(start, middle), (middle, stop)]
-        return [Piece(shard.target.shard, a, b, whole=False) for a, b in bounds if a < b]
 
     def _set_aside(self, shard: _Shard, row: int) -> None:
         """A row that killed its worker every time it was tried alone."""
@@ -228,27 +223,26 @@ class _Job:
 
     # --- a pass --------------------------------------------------------------------------------
 
-    def _one_pass(self, pieces: Sequence[Piece], resources: cluster.Resources) -> None:
+    def _one_pass(
+        self, pieces: Sequence[Piece], resources: cluster.Resources, witness: Any
+    ) -> None:
         options = ReadOptions(columns=self._options.columns, chunk_rows=self._run.chunk_rows)
-        gpus = int(resources.gpus)
-        actors = self._options.actors or gpus or max(1, int(resources.cpus))
+        pool = cluster.pool(resources, self._options.actors)
         with warnings.catch_warnings():
             # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = self._dataset(pieces, options, actors, gpus)
+            dataset = self._dataset(pieces, options, pool, witness)
         dataset.context.max_errored_blocks = -1  # what a dead worker held is run again below
-        batches: Iterable[pa.Table] = dataset.iter_batches(
-            batch_size=None, batch_format="pyarrow", prefetch_batches=0
-        )
-        for batch in batches:
-            for receipt in batch.to_pylist():
-                self._book(receipt)
-            self._console.show(self.meter.line)
+        with running(dataset) as batches:
+            for batch in batches:
+                for receipt in batch.to_pylist():
+                    self._book(receipt)
+                self._console.show(self.meter.line)
 
     def _dataset(
-        self, pieces: Sequence[Piece], options: ReadOptions, actors: int, gpus: int
+        self, pieces: Sequence[Piece], options: ReadOptions, pool: cluster.Pool, witness: Any
     ) -> ray.data.Dataset:
-        chunks = chunks_dataset(self._run.archive, pieces, options, readers=actors)
+        chunks = chunks_dataset(self._run.archive, pieces, options, readers=pool.most)
         return chunks.map_batches(
             Scorer,
             batch_size=1,
@@ -260,10 +254,11 @@ class _Job:
                 self._out,
                 self._run.embedding_dim is not None,
                 1,
+                witness,
             ),
-            compute=ray.data.ActorPoolStrategy(size=min(actors, max(1, len(pieces)))),
+            compute=pool.strategy(pieces=len(pieces), in_flight=None if witness is None else 1),
             num_cpus=SCORER_CPUS,
-            num_gpus=1 if gpus else None,
+            num_gpus=1 if pool.gpu else None,
             ray_remote_args_fn=_restart_without_retry,
         )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pyarrow as pa
+import ray
 
 from mmray import ledger
 from mmray.archive import rows
@@ -31,10 +33,19 @@ RECEIPT_SCHEMA = pa.schema(
 
 
 class Scorer:
-    """Holds one Predictor; refuses to start when the bundle's golden pairs score otherwise."""
+    """Holds one Predictor; refuses to start when the bundle's golden pairs score otherwise.
+
+    A ``witness`` is told of every chunk before it is scored, see ``losses``.
+    """
 
     def __init__(
-        self, bundle: str, fingerprint: str, out: str, embeddings: bool, threads: int
+        self,
+        bundle: str,
+        fingerprint: str,
+        out: str,
+        embeddings: bool,
+        threads: int,
+        witness: Any = None,
     ) -> None:
         import torch
 
@@ -42,7 +53,7 @@ class Scorer:
         from mmray.predict import Predictor
 
         torch.set_num_threads(threads)
-        self._out, self._embeddings = out, embeddings
+        self._out, self._embeddings, self._witness = out, embeddings, witness
         self._refusal: str | None = None
         try:
             loaded = load(bundle)
@@ -65,6 +76,9 @@ class Scorer:
         if self._refusal is not None:
             receipt["failure"] = self._refusal
         elif isinstance(payload, bytes):
+            if self._witness is not None:
+                chunk = (record["shard"], record["start"], record["stop"])
+                ray.get(self._witness.begin.remote(*chunk))
             try:
                 receipt |= self._score(ingest.unpack(payload))
                 receipt["bytes"] = len(payload)

@@ -104,8 +104,6 @@ class _Training:
         every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         nodes = [node["Resources"] for node in every if node["Alive"]]
         workers = choose_workers(cfg, resources, [int(node.get("CPU", 0)) for node in nodes])
-        if not plan.resumed:
-            rundir.begin(plan.place, cfg, plan.shards)
         with Board(self.say) as board:
             data = self._scan_and_split(board)
             tokenizer = self._tokenizer(data)
@@ -114,6 +112,8 @@ class _Training:
             ready = self._prepare(data, tokenizer, board)
             spec = spec_of(cfg, len(data.labels), tokenizer)
             start = initial_weights(cfg, spec)
+            if not plan.resumed:
+                self._begin(tokenizer)
             done = self._fit(spec, data.labels, ready, start, workers, board)
         return save_bundle(plan, spec, data, ready, tokenizer, start, done)
 
@@ -153,9 +153,14 @@ class _Training:
         captions = data.captions()
         tokenizer = train_tokenizer(captions, self.cfg.preprocess.text)
         self.say(f"tokenizer of {tokenizer.vocab_size:,} tokens from {len(captions):,} captions")
-        kept = storage.join(self.plan.place, rundir.TOKENIZER)
-        storage.write_bytes(kept, tokenizer.to_json().encode())
         return tokenizer
+
+    def _begin(self, tokenizer: TextTokenizer | None) -> None:
+        place = self.plan.place
+        rundir.begin(place, self.cfg, self.plan.shards)
+        if tokenizer is not None:
+            kept = storage.join(place, rundir.TOKENIZER)
+            storage.write_bytes(kept, tokenizer.to_json().encode())
 
     def _check_memory(self, data: LabelledRows, stores: list[float]) -> None:
         """Raise ConfigError when the prepared rows cannot lie in every node's object store."""
@@ -255,6 +260,7 @@ class _Training:
         if done["outcome"] == loop.STOPPED:
             raise KeyboardInterrupt
         if done["outcome"] == loop.FAILED:
+            rundir.clear(place)  # going on would only fail again
             raise RunError(
                 f"the loss is not finite in epoch {done['epoch'] + 1}, step {done['step'] + 1}; "
                 f"a lower train.lr (now {self.cfg.train.lr:g}) or train.grad_clip may help"

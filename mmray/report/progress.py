@@ -59,9 +59,34 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def share(done: int, total: int | None, what: str) -> str:
-    """``120 of 300 (40%) shards read``; without a total, just the count."""
-    return f"{done:,} of {total:,} ({done / total:.0%}) {what}" if total else f"{done:,} {what}"
+class Tally:
+    """A callback for work that counts: ``120 of 300 (40%) shards read  12/s  ETA 15s``; without a
+    total, just the count and the rate. The last line is always shown."""
+
+    def __init__(self, console: Console, what: str) -> None:
+        self._console, self._what = console, what
+        self._started = time.monotonic()
+        self._done = 0
+        self._total: int | None = None
+
+    def __call__(self, done: int, total: int | None) -> None:
+        self._done, self._total = done, total
+        self._console.show(self.line)
+
+    def line(self) -> str:
+        seconds = time.monotonic() - self._started
+        rate = self._done / seconds if seconds else 0.0
+        if not self._total:
+            return f"{self._done:,} {self._what}  {rate:,.0f}/s"
+        eta = duration((self._total - self._done) / rate) if rate else "?"
+        return (
+            f"{self._done:,} of {self._total:,} ({self._done / self._total:.0%}) {self._what}  "
+            f"{rate:,.0f}/s  ETA {eta}"
+        )
+
+    def end(self) -> None:
+        self._console.show(self.line, force=True)
+        self._console.end()
 
 
 @dataclass
