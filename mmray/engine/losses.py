@@ -1,0 +1,88 @@
+"""Rows whose worker died: they run again until the one that kills is known, and set aside alone.
+
+A worker takes every chunk it holds with it, and which of them killed it is not known. So lost
+chunks run again as they were, one at a time on a worker, before a witness: a chunk that it saw
+begin and that never came back is cut into rows, and a row lost so twice is guilty.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mmray.archive.shards import Shard
+from mmray.engine.ingest import Piece
+from mmray.ledger import Interval
+
+DEATHS = 2  # a row that takes a worker with it twice, alone, is set aside
+
+
+class Witness:
+    """An actor that is told of every chunk before it is scored."""
+
+    def __init__(self) -> None:
+        self._begun: set[tuple[str, int, int]] = set()
+
+    def begin(self, shard: str, start: int, stop: int) -> None:
+        self._begun.add((shard, start, stop))
+
+    def begun(self) -> set[tuple[str, int, int]]:
+        return self._begun
+
+
+def call_witness() -> Any:
+    """A new witness, beside the driver as long as that node lives."""
+    here = ray.get_runtime_context().get_node_id()
+    beside = NodeAffinitySchedulingStrategy(here, soft=True)
+    witness = ray.remote(num_cpus=0)(Witness)
+    return witness.options(scheduling_strategy=beside).remote()
+
+
+class Losses:
+    """What is known of the rows that were lost."""
+
+    def __init__(self) -> None:
+        self._suspects: dict[str, set[int]] = {}
+        self._deaths: Counter[tuple[str, int]] = Counter()
+
+    @property
+    def known(self) -> int:
+        """Grows with everything learned."""
+        return sum(map(len, self._suspects.values())) + sum(self._deaths.values())
+
+    def hear(self, witness: Any, lost: Mapping[str, Sequence[Interval]]) -> None:
+        """Learn from what the witness saw begin, given the rows ``lost`` by shard."""
+        try:
+            begun = ray.get(witness.begun.remote())
+        except ray.exceptions.RayActorError:
+            return  # it died with its node: nothing is learned, the next pass has another
+        for shard, start, stop in begun:
+            if not any(a <= start and stop <= b for a, b in lost.get(shard, ())):
+                continue
+            if stop - start == 1:
+                self._deaths[shard, start] += 1
+            self._suspects.setdefault(shard, set()).update(range(start, stop))
+
+    def guilty(self, shard: str, lost: Iterable[Interval]) -> list[int]:
+        return [row for row in _rows(lost) if self._deaths[shard, row] >= DEATHS]
+
+    def pieces(self, shard: Shard, lost: Iterable[Interval]) -> Iterator[Piece]:
+        """The lost rows to run again: suspects one by one, others in chunks as before."""
+        suspects = self._suspects.get(shard.path, set())
+        for start, stop in lost:
+            begin = start
+            for row in range(start, stop):
+                last = row + 1 == stop
+                if last or (row in suspects) != (row + 1 in suspects):
+                    rows_each = 1 if row in suspects else None
+                    yield Piece(shard, begin, row + 1, whole=False, chunk_rows=rows_each)
+                    begin = row + 1
+
+
+def _rows(intervals: Iterable[Interval]) -> Iterator[int]:
+    for start, stop in intervals:
+        yield from range(start, stop)
