@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +25,7 @@ from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
 from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, running
 from mmray.engine.losses import Losses, call_witness
-from mmray.engine.scorer import Scorer
+from mmray.engine.scorer import Scorer, start_committer
 from mmray.errors import MmrayError, RunError
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import write_summary
@@ -33,7 +33,8 @@ from mmray.report.summary import write_summary
 __all__ = ["ScoreOptions", "score"]
 
 SCORER_CPUS = 0.9  # the rest of each core is for the readers
-COMMITS_IN_FLIGHT = 16
+COMMITS_IN_FLIGHT = 64
+CPUS_A_COMMITTER = 64
 STALLED_PASSES = 3
 
 
@@ -128,8 +129,7 @@ class _Job:
         )
         self._losses = Losses()
         self._commits: list[Any] = []
-        self._commit = ray.remote(num_cpus=0)(ledger.commit)
-        self._light_run: Any = None
+        self._committers: list[Any] = []
 
     def run_to_end(self) -> None:
         self._console.say(
@@ -137,7 +137,8 @@ class _Job:
             f"with {self._run.fingerprint[:12]} into {self._out}"
         )
         resources = cluster.connect()
-        self._light_run = ray.put(replace(self._run, targets=()))
+        count = 1 + resources.cpus // CPUS_A_COMMITTER
+        self._committers = [start_committer(self._out, self._run) for _ in range(count)]
         pieces, stalled, witness = self._first_pieces(), 0, None
         while pieces:
             before = self._remaining()
@@ -152,7 +153,8 @@ class _Job:
                     f"first {next(iter(self._open))}: its readers die; look at the workers' logs"
                 )
             pieces = self._pieces_again()
-            witness = call_witness()
+            if pieces:
+                witness = call_witness()
         self._console.show(self.meter.line, force=True)
         self._console.end()
 
@@ -299,11 +301,8 @@ class _Job:
         del self._open[path]
         self.meter.done_bytes += shard.target.shard.size - shard.bytes
         self._finish_commits(COMMITS_IN_FLIGHT)
-        self._commits.append(
-            self._commit.remote(
-                self._out, self._light_run, shard.target, shard.total, shard.problem
-            )
-        )
+        committer = self._committers[len(self._open) % len(self._committers)]
+        self._commits.append(committer.commit.remote(shard.target, shard.total, shard.problem))
 
     def _finish_commits(self, leave: int) -> None:
         while len(self._commits) > leave:

@@ -1,8 +1,13 @@
-"""The scoring actor: a chunk of pairs in, its scores written as a part, a receipt out."""
+"""The actors of a scoring run: one scores chunks, one commits shards.
+
+A chunk of pairs goes in, its scores are written as a part, a receipt comes out; when a shard's
+parts are all there, they are merged into its score file.
+"""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +17,8 @@ from mmray import ledger
 from mmray.archive import rows
 from mmray.engine import ingest
 from mmray.errors import MmrayError
+
+COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
 
 #: One a chunk, and one for the end of every shard (``total`` set). ``failure`` stops the run.
 RECEIPT_SCHEMA = pa.schema(
@@ -97,3 +104,20 @@ class Scorer:
             "predict_s": scored.seconds_predict,
             "write_s": time.perf_counter() - began,
         }
+
+
+class Committer:
+    """Merges the parts of finished shards; it is called again when it dies, as commits may be."""
+
+    def __init__(self, out: str, run: ledger.Run) -> None:
+        self._out, self._run = out, run
+
+    def commit(self, target: ledger.Target, total: int, problem: str | None) -> ledger.ShardRecord:
+        return ledger.commit(self._out, self._run, target, total, problem)
+
+
+def start_committer(out: str, run: ledger.Run) -> Any:
+    """A committer that takes no CPU of its own: it mostly waits for storage."""
+    actor = ray.remote(num_cpus=0)(Committer)
+    options = {"max_concurrency": COMMITS_AT_ONCE, "max_restarts": -1, "max_task_retries": -1}
+    return actor.options(**options).remote(out, replace(run, targets=()))

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision import models
 
 from mmray.config import ImageModel
 from mmray.errors import ConfigError
@@ -162,6 +161,8 @@ class Torchvision(ImageEncoder):
 
 
 def _network(name: str, width: float, image_size: int) -> nn.Module:
+    from torchvision import models
+
     net: nn.Module
     if name.startswith("mobilenet"):
         net = models.get_model(name, weights=None, width_mult=width)
@@ -186,6 +187,8 @@ def _family(name: str) -> Family:
 
 def encoders() -> list[str]:
     """Every name ``model.image.encoder`` may have."""
+    from torchvision import models  # two seconds, which a worker without it need not wait
+
     names = models.list_models(module=models)
     return [SMALL_CNN, *(name for name in names if name.startswith(tuple(FAMILIES)))]
 

@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchvision import models
 
 from mmray.config import ImageModel
 from mmray.errors import ConfigError
@@ -133,6 +132,8 @@ def _check_enum(cfg: ImageModel) -> None:
 
 def _enum(cfg: ImageModel) -> Any:
     """The torchvision weight entry ``cfg.weights`` names, with or without its class name."""
+    from torchvision import models
+
     assert cfg.weights is not None
     try:
         entries = models.get_model_weights(cfg.encoder)
