@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -271,41 +272,52 @@ def large_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(bundle: str, archive: Path, out: Path) -> subprocess.Popen[str]:
-    line = [sys.executable, "-m", "mmray", "score", bundle, str(archive), "--out", str(out)]
-    return subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+class Command:
+    """`mmray score` in a process of its own."""
+
+    def __init__(self, bundle: str, archive: Path, out: Path) -> None:
+        self._out, self._log = out, out.with_suffix(".log")
+        line = [sys.executable, "-m", "mmray", "score", bundle, str(archive), "--out", str(out)]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(line, stderr=log)
+
+    def said(self) -> str:
+        return self._log.read_text()
+
+    def wait_for_parts(self) -> None:
+        """Until it has scored something that was not there when it began to."""
+        deadline, before = time.monotonic() + 120, None
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if before is None and "scoring" in self.said():
+                before = scored_files(self._out)
+            elif before is not None and scored_files(self._out) - before:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"the archive is too small to interrupt its scoring\n{self.said()}")
+
+    def end(self, timeout: float, how: signal.Signals | None = None) -> int:
+        if how is not None:
+            self.process.send_signal(how)
+        return self.process.wait(timeout)
 
 
 def scored_files(out: Path) -> set[Path]:
     return {p for p in out.rglob("*.parquet") if p.is_relative_to(out / "_run" / "parts")}
 
 
-def wait_for_more(process: subprocess.Popen[str], out: Path, before: set[Path]) -> None:
-    """Until the command has written something new, or has ended."""
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if scored_files(out) - before:
-            return
-        time.sleep(0.05)
-
-
 def test_kill_9_and_ctrl_c_leave_a_run_that_the_same_command_finishes(
     bundle: str, large_archive: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
-    for how, code in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)):
-        process = command(bundle, large_archive, out)
-        wait_for_more(process, out, scored_files(out))
-        assert process.poll() is None, "the archive is too small to interrupt its scoring"
-        process.send_signal(how)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == code, err
-    kept = {p: p.stat().st_mtime_ns for p in scored_files(out)}
-    assert kept
-    process = command(bundle, large_archive, out)
-    _, err = process.communicate(timeout=240)
-    assert process.returncode == 0, err
-    assert "going on" in err
+    out, chance = tmp_path / "out", random.Random(20261123)
+    for how in (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGINT):
+        command = Command(bundle, large_archive, out)
+        command.wait_for_parts()
+        time.sleep(chance.random())
+        code = command.end(60, how)
+        assert code == (130 if how == signal.SIGINT else -how), command.said()
+    command = Command(bundle, large_archive, out)
+    assert command.end(timeout=240) == 0, command.said()
+    assert "going on" in command.said()
     assert content(out) == expected(bundle, large_archive, chunk_rows=256)
     assert verify(str(out)).ok and not scored_files(out)
     for file in (out / "scores").iterdir():
