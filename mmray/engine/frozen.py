@@ -19,8 +19,6 @@ from mmray.learn import Batch, autocast
 from mmray.model import Encoder, Features, FusionModel
 
 BATCH = 64
-#: Fusions that look at pooled vectors only; others need those of all tokens.
-POOLED = ("concat", "gated")
 
 
 class Precomputed(Encoder):
@@ -77,11 +75,10 @@ def precompute(
     Each of ``world`` ranks computes its share and all get all. ``say(done, total)`` is told how
     far this rank is.
     """
-    pooled = model.spec.config.modalities != "both" or model.spec.config.fusion in POOLED
     frozen: dict[str, Encoder] = {
         name: encoder
         for name, encoder in (("image", model.image), ("text", model.text))
-        if encoder is not None and encoder.frozen and pooled
+        if encoder is not None and encoder.frozen and model.fusion.pooled_only
     }
     if not frozen:
         return [FeatureRows(rows) for rows in sides]

@@ -13,7 +13,10 @@ from mmray.model.features import Features
 
 
 class Fusion(nn.Module):
-    """``forward(image, text)`` -> float [B, dim]."""
+    """``forward(image, text)`` -> float [B, dim]. ``pooled_only``: it looks at no single token or
+    patch, so pooled vectors are all that must be kept of a frozen encoder."""
+
+    pooled_only: bool
 
     def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -25,6 +28,8 @@ class Fusion(nn.Module):
 
 class Projection(nn.Sequential):
     """Pooled vector of one modality -> [B, dim]; also stands in for a fusion when it is alone."""
+
+    pooled_only = True
 
     def __init__(self, in_dim: int, dim: int, dropout: float) -> None:
         super().__init__(
@@ -38,6 +43,8 @@ class Concat(Fusion):
     One layer, with the linear head a two-layer perceptron: deeper ones overfit a few thousand
     pairs.
     """
+
+    pooled_only = True
 
     def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
         super().__init__(image_dim, text_dim, dim, dropout)
@@ -57,6 +64,8 @@ class Gated(Fusion):
     ``h = z * tanh(W_v v) + (1 - z) * tanh(W_t t)`` with ``z = sigmoid(W_z [v, t])``: each fused
     value is a mix of picture and text, in a share that both together decide.
     """
+
+    pooled_only = True
 
     def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
         super().__init__(image_dim, text_dim, dim, dropout)
