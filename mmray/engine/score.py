@@ -239,6 +239,7 @@ class _Job:
             for batch in batches:
                 for receipt in batch.to_pylist():
                     self._book(receipt)
+                self._finish_commits(COMMITS_IN_FLIGHT)
                 self._console.show(self.meter.line)
 
     def _dataset(
@@ -305,10 +306,18 @@ class _Job:
         self._commits.append(committer.commit.remote(shard.target, shard.total, shard.problem))
 
     def _finish_commits(self, leave: int) -> None:
-        while len(self._commits) > leave:
-            finished, self._commits = ray.wait(self._commits, timeout=1.0)
+        """Take in what is committed by now, waiting until at most ``leave`` are on their way."""
+        while self._commits:
+            wait = len(self._commits) > leave
+            finished, self._commits = ray.wait(
+                self._commits,
+                num_returns=len(self._commits) - (leave if wait else 0),
+                timeout=1.0 if wait else 0,
+            )
             for record in _results(finished):
                 self.meter.done_shards += 1
                 if record.problem:
                     self._console.say(f"{record.shard}: {record.problem}")
             self._console.show(self.meter.line)
+            if not wait:
+                return
