@@ -56,7 +56,7 @@ def join(root: str, *parts: str) -> str:
 
 def absolute(uri: str) -> str:
     """The same place, named so that every process on this machine understands it."""
-    return uri.rstrip("/") if is_s3(uri) else str(Path(uri).expanduser().absolute())
+    return uri.rstrip("/") if is_s3(uri) else os.path.abspath(Path(uri).expanduser())
 
 
 # --- listing -------------------------------------------------------------------------------------

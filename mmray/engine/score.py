@@ -54,12 +54,12 @@ def score(
     todo = [target for target in asked.targets if target.shard.path not in done]
     if not todo:
         console.say(f"nothing to do: all {len(asked.targets):,} shards are scored in {out}")
-        return write_summary(out, run, seconds=0.0)
+        return write_summary(out, run, None)
     if resumed:
         console.say(f"going on: {len(done):,} of {len(run.targets):,} shards are done in {out}")
     job = _Job(out, run, todo, options, console)
     job.run_to_end()
-    summary = write_summary(out, run, seconds=job.meter.seconds, stages=job.meter.stages)
+    summary = write_summary(out, run, job.meter)
     console.say(
         f"scored {summary['scored']:,} of {summary['rows']:,} rows, set aside "
         f"{summary['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
@@ -220,8 +220,7 @@ class _Job:
         )
         ledger.write_part(self._out, source.path, row, row + 1, aside)
         shard.covered.append((row, row + 1))
-        self.meter.rows += 1
-        self.meter.set_aside += 1
+        self.meter.take(1, 1, 0)
 
     # --- a pass --------------------------------------------------------------------------------
 
@@ -278,11 +277,9 @@ class _Job:
     def _count(self, shard: _Shard, receipt: dict[str, Any]) -> None:
         shard.covered.append((receipt["start"], receipt["stop"]))
         meter = self.meter
-        meter.rows += receipt["stop"] - receipt["start"]
-        meter.set_aside += receipt["set_aside"]
         size = min(receipt["bytes"], shard.target.shard.size - shard.bytes)
         shard.bytes += size
-        meter.done_bytes += size
+        meter.take(receipt["stop"] - receipt["start"], receipt["set_aside"], size)
         for stage in ("read", "decode", "predict", "write"):
             meter.spend(stage, receipt[f"{stage}_s"])
         budget = self._options.max_errors

@@ -102,6 +102,16 @@ class Meter:
     resumed_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
+    first_rows_s: float | None = None  # seconds after which the first rows came back
+    _first: tuple[int, int] = (0, 0)  # what they were: rows, bytes
+
+    def take(self, rows: int, set_aside: int, size: int) -> None:
+        """Count rows that came back, of ``size`` bytes of the archive."""
+        self.rows += rows
+        self.set_aside += set_aside
+        self.done_bytes += size
+        if self.first_rows_s is None:
+            self.first_rows_s, self._first = self.seconds, (self.rows, self.fresh_bytes)
 
     def spend(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
@@ -110,16 +120,31 @@ class Meter:
     def seconds(self) -> float:
         return time.monotonic() - self.started
 
+    @property
+    def fresh_bytes(self) -> int:
+        return self.done_bytes - self.resumed_bytes
+
+    @property
+    def rate(self) -> float:
+        """Rows a second since the first rows came back: what a longer run would do."""
+        return self._per_second(self.rows, self._first[0])
+
+    def _per_second(self, now: int, first: int) -> float:
+        steady = self.seconds - self.first_rows_s if self.first_rows_s is not None else 0.0
+        if steady < 1 or now == first:  # too early to tell the two apart
+            return now / self.seconds if self.seconds else 0.0
+        return (now - first) / steady
+
     def line(self) -> str:
         share = self.done_bytes / self.total_bytes if self.total_bytes else 1.0
-        fresh = self.done_bytes - self.resumed_bytes
-        rate = self.rows / self.seconds if self.seconds else 0.0
+        fresh = self.fresh_bytes
         left = self.total_bytes - self.done_bytes
-        eta = duration(left * self.seconds / fresh) if fresh > 0 else "?"
+        speed = self._per_second(fresh, self._first[1])
+        eta = duration(left / speed) if speed else "?"
         estimate = f"~{round(self.rows * (left + fresh) / fresh):,}" if fresh > 0 else "?"
         return (
             f"{share:4.0%}  rows {self.rows:,} of {estimate}  "
-            f"shards {self.done_shards:,}/{self.total_shards:,}  {rate:,.0f} rows/s  "
+            f"shards {self.done_shards:,}/{self.total_shards:,}  {self.rate:,.0f} rows/s  "
             f"ETA {eta}  set aside {self.set_aside:,}{self._bottleneck()}"
         )
 

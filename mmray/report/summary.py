@@ -10,30 +10,43 @@ from html import escape
 from typing import Any
 
 from mmray import ledger, storage
-from mmray.report.progress import duration
+from mmray.report.progress import Meter, duration
 
 FOOTER_READERS = 16
 
 
-def write_summary(
-    out: str, run: ledger.Run, *, seconds: float, stages: Mapping[str, float] | None = None
-) -> dict[str, Any]:
+def write_summary(out: str, run: ledger.Run, meter: Meter | None) -> dict[str, Any]:
     """Add up the records of all committed shards; write and return the summary.
 
-    ``seconds`` is this command's own time, ``stages`` its worker seconds by stage. A command that
-    found nothing to do keeps the times of the one before it.
+    The ``meter`` of this command gives its own ``seconds``, after how many of them the first rows
+    were scored, the rows a second from then on, and its workers' seconds by stage. A command that
+    found nothing to do has none, and keeps the times of the one before it.
     """
     summary = _tally(run, records(out, run))
     uri = storage.join(out, ledger.SUMMARY)
-    if seconds == 0 and storage.exists(uri):
+    if meter is not None:
+        summary |= _times(meter)
+    elif storage.exists(uri):
         before = json.loads(storage.read_bytes(uri))
-        summary |= {name: before[name] for name in ("seconds", "stages") if name in before}
+        summary |= {name: before[name] for name in TIMES if name in before}
     else:
-        shares = {stage: round(spent, 3) for stage, spent in (stages or {}).items()}
-        summary |= {"seconds": round(seconds, 3), "stages": shares}
+        summary |= dict.fromkeys(TIMES) | {"stages": {}}
     storage.write_bytes(uri, json.dumps(summary, indent=2, ensure_ascii=False).encode())
     storage.write_bytes(storage.join(out, ledger.REPORT), render(summary).encode())
     return summary
+
+
+TIMES = ("seconds", "first_rows_s", "rows_per_second", "stages")
+
+
+def _times(meter: Meter) -> dict[str, Any]:
+    values = (
+        round(meter.seconds, 3),
+        None if meter.first_rows_s is None else round(meter.first_rows_s, 3),
+        round(meter.rate, 3),
+        {stage: round(spent, 3) for stage, spent in meter.stages.items()},
+    )
+    return dict(zip(TIMES, values, strict=True))
 
 
 def records(out: str, run: ledger.Run) -> Iterator[ledger.ShardRecord]:
@@ -94,13 +107,14 @@ td.bar{width:50%}.bar div{height:.9rem;background:#3b7dd8;border-radius:2px;min-
 
 def render(summary: Mapping[str, Any]) -> str:
     """The summary as one HTML page without scripts or outside assets."""
-    seconds = summary["seconds"]
+    seconds, rate = summary["seconds"], summary["rows_per_second"]
     facts = [
         ("rows", f"{summary['rows']:,}"),
         ("scored", f"{summary['scored']:,}"),
         ("set aside", f"{summary['set_aside']:,}"),
         ("shards", f"{summary['shards_done']:,} of {summary['shards']:,}"),
-        ("last command took", duration(seconds)),
+        ("last command took", "?" if seconds is None else duration(seconds)),
+        ("rows a second", "?" if rate is None else f"{rate:,.0f}"),
     ]
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>mmray scoring run</title>",
