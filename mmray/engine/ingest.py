@@ -97,7 +97,7 @@ def chunks_dataset(
         _Pieces(root, strips, options),
         override_num_blocks=len(strips),
         num_cpus=cpus,
-        concurrency=readers,
+        concurrency=min(readers, len(strips)),
     )
     dataset.context.target_max_block_size = 1  # every chunk leaves as soon as it is read
     return dataset
