@@ -8,12 +8,14 @@ OUT/_run/parts/<shard>/<a>-<b>.parquet   scored rows [a, b) of a shard still in 
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,25 +23,21 @@ import pyarrow.parquet as pq
 
 from mmray import storage
 from mmray.archive import rows
-from mmray.archive.shards import Shard
 from mmray.errors import ConfigError, Conflict, NotFound, StorageError
+from mmray.targets import SCHEMA, Target, Targets, batched, strings
 
 FORMAT = 1
+READERS, WINDOW = 16, 4096  # threads over many small files, and how many of these are asked for
 SCORES, PARTS = "scores", "_run/parts"
 RUN, SUMMARY, REPORT = "_run/run.json", "_run/summary.json", "_run/report.html"
 METADATA_KEY = b"mmray"
+#: Columns of the targets -> their names below "archive" in run.json.
+COLUMNS = {"path": "paths", "size": "sizes", "etag": "etags", "stop": "stops"}
+T = TypeVar("T")
 Interval = tuple[int, int]
 
 
 # --- what was asked ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One shard to score: all of it, or its first ``stop`` rows in a trial."""
-
-    shard: Shard
-    stop: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +48,7 @@ class Run:
     bundle: str
     fingerprint: str
     labels: tuple[str, ...]
-    targets: tuple[Target, ...]
+    targets: Targets
     chunk_rows: int
     embedding_dim: int | None = None
     trial: str | None = None  # the --limit it was made with; null: whole shards
@@ -63,7 +61,7 @@ class Run:
     def schema(self) -> pa.Schema:
         return rows.scores_schema(self.labels, self.embedding_dim)
 
-    def to_json(self) -> str:
+    def to_json(self) -> bytes:
         tree = {
             "format": FORMAT,
             "run_id": self.run_id,
@@ -74,20 +72,21 @@ class Run:
             "chunk_rows": self.chunk_rows,
             "trial": self.trial,
             "config": dict(self.config),
-            # Columns, not objects: a million shards stay a few tens of megabytes.
-            "archive": {
-                "uri": self.archive,
-                "paths": [t.shard.path for t in self.targets],
-                "sizes": [t.shard.size for t in self.targets],
-                "etags": [t.shard.etag for t in self.targets],
-                "kinds": [t.shard.kind for t in self.targets],
-                "stops": [t.stop for t in self.targets] if self.trial else None,
-            },
+            "archive": {"uri": self.archive},
         }
-        return json.dumps(tree, ensure_ascii=False)
+        # The listing as columns, a batch at a time: a million shards stay a few tens of megabytes.
+        text = io.BytesIO()
+        text.write(_json(tree)[:-2])
+        for name, key in COLUMNS.items():
+            text.write(b', "%s": [' % key.encode())
+            for i, chunk in enumerate(self.targets.table.column(name).chunks):
+                text.write(b", " * (i > 0) + _json(chunk.to_pylist())[1:-1])
+            text.write(b"]")
+        text.write(b"}}")
+        return text.getvalue()
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Run:
+    def from_json(cls, text: bytes, where: str) -> Run:
         try:
             tree = json.loads(text)
             if tree["format"] != FORMAT:
@@ -95,15 +94,15 @@ class Run:
                     f"{where}: run format {tree['format']}, this version writes {FORMAT}"
                 )
             listed = tree["archive"]
-            columns = (listed[name] for name in ("paths", "sizes", "etags", "kinds"))
-            shards = [Shard(*values) for values in zip(*columns, strict=True)]
-            stops = listed["stops"] or [None] * len(shards)
+            columns = [
+                pa.array(listed.pop(key), SCHEMA.field(n).type) for n, key in COLUMNS.items()
+            ]
             return cls(
                 archive=listed["uri"],
                 bundle=tree["bundle"]["uri"],
                 fingerprint=tree["bundle"]["fingerprint"],
                 labels=tuple(tree["labels"]),
-                targets=tuple(map(Target, shards, stops)),
+                targets=Targets(pa.table(columns, names=list(COLUMNS))),
                 chunk_rows=tree["chunk_rows"],
                 embedding_dim=tree["embedding_dim"],
                 trial=tree["trial"],
@@ -115,11 +114,15 @@ class Run:
             raise ConfigError(f"{where}: not a run.json of mmray ({error!r})") from None
 
 
+def _json(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode()
+
+
 def read_run(out: str) -> Run:
     """The run that OUT holds; raises NotFound when it holds none."""
     uri = storage.join(out, RUN)
     try:
-        return Run.from_json(storage.read_bytes(uri).decode(), uri)
+        return Run.from_json(storage.read_bytes(uri), uri)
     except NotFound:
         raise NotFound(f"{out}: holds no scoring run (no {RUN})") from None
 
@@ -132,17 +135,16 @@ def open_run(out: str, asked: Run) -> tuple[Run, bool]:
     """
     uri = storage.join(out, RUN)
     try:
-        storage.write_bytes(uri, asked.to_json().encode(), if_absent=True)
+        storage.write_bytes(uri, asked.to_json(), if_absent=True)
         return asked, False
     except Conflict:
         held = read_run(out)
     _refuse_differences(out, held, asked)
-    known = {target.shard.path for target in held.targets}
-    new = [target for target in asked.targets if target.shard.path not in known]
-    if new:
-        targets = sorted([*held.targets, *new], key=lambda target: target.shard.path)
-        held = replace(held, targets=tuple(targets), config=asked.config)
-        storage.write_bytes(uri, held.to_json().encode())
+    new = ~asked.targets.among(held.targets.paths)
+    if new.any():
+        targets = held.targets.joined(asked.targets.take(new))
+        held = replace(held, targets=targets, config=asked.config)
+        storage.write_bytes(uri, held.to_json())
     return held, True
 
 
@@ -160,13 +162,7 @@ def _refuse_differences(out: str, held: Run, asked: Run) -> None:
                 f"{out}: holds scores of another run; {name}: it has {had or 'none'}, this command "
                 f"asks for {wanted or 'none'}; choose another --out, or delete that one"
             )
-    before = {target.shard.path: target.shard for target in held.targets}
-    changed = [
-        t.shard.path
-        for t in asked.targets
-        if (old := before.get(t.shard.path))
-        and (old.size, old.etag) != (t.shard.size, t.shard.etag)
-    ]
+    changed = held.targets.changed(asked.targets)
     if changed:
         raise ConfigError(
             f"{out}: {len(changed)} shard(s) changed in the archive since they were listed, first "
@@ -181,13 +177,13 @@ def scores_uri(out: str, shard: str) -> str:
     return storage.join(out, SCORES, shard + ".parquet")
 
 
-def done_shards(out: str) -> set[str]:
+def done_shards(out: str) -> pa.ChunkedArray:
     """Paths of the shards whose scores are committed: one listing, nothing opened."""
-    return {
+    return strings(
         item.path.removesuffix(".parquet")
         for item in _listing(storage.join(out, SCORES))
         if item.path.endswith(".parquet")
-    }
+    )
 
 
 def covered(out: str) -> dict[str, list[Interval]]:
@@ -340,6 +336,13 @@ def read_scores(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
             return pq.ParquetFile(stream).read(columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise StorageError(f"{uri}: not a whole Parquet file: {error}") from None
+
+
+def each(do: Callable[[Target], T], targets: Iterable[Target]) -> Iterator[T]:
+    """``do`` of every target, in order, many at once: for what mostly waits for storage."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for window in batched(targets, WINDOW):
+            yield from pool.map(do, window)
 
 
 def read_record(uri: str) -> tuple[ShardRecord, int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from mmray import ledger, storage
 from mmray.archive import rows
 from mmray.archive.shards import list_shards
 from mmray.errors import NotFound, StorageError
-
-READERS = 16
+from mmray.targets import Target, Targets
 
 
 @dataclass(slots=True)
@@ -47,25 +47,25 @@ def verify(out: str) -> Verdict:
     run = ledger.read_run(out)
     verdict = Verdict(out, shards=len(run.targets))
     done = ledger.done_shards(out)
-    asked = {target.shard.path for target in run.targets}
-    for shard in sorted(asked - done):
-        verdict.findings.append(f"{shard}: not scored yet; run the same score command again")
-    for shard in sorted(done - asked):
+    there = run.targets.among(done)
+    for target in run.targets.take(~there):
+        verdict.findings.append(
+            f"{target.shard.path}: not scored yet; run the same score command again"
+        )
+    for shard in _without(done, run.targets.paths):
         verdict.findings.append(f"{shard}: has scores but is not in the run's archive listing")
-    targets = [target for target in run.targets if target.shard.path in done]
-    with ThreadPoolExecutor(READERS) as pool:
-        for found in pool.map(lambda target: _check(out, run, target), targets):
-            if isinstance(found, ledger.ShardRecord):
-                verdict.rows += found.rows
-                verdict.scored += found.scored
-                verdict.set_aside += found.set_aside
-            else:
-                verdict.findings += found
+    for found in ledger.each(lambda target: _check(out, run, target), run.targets.take(there)):
+        if isinstance(found, ledger.ShardRecord):
+            verdict.rows += found.rows
+            verdict.scored += found.scored
+            verdict.set_aside += found.set_aside
+        else:
+            verdict.findings += found
     verdict.findings += _check_inputs(run)
     return verdict
 
 
-def _check(out: str, run: ledger.Run, target: ledger.Target) -> ledger.ShardRecord | list[str]:
+def _check(out: str, run: ledger.Run, target: Target) -> ledger.ShardRecord | list[str]:
     """The shard's record when its score file holds, else what is wrong with it."""
     path, uri = target.shard.path, ledger.scores_uri(out, target.shard.path)
     try:
@@ -106,9 +106,7 @@ def _first(ordinals: Any) -> str:
     return f" (first {ordinals[0]})" if len(ordinals) else ""
 
 
-def _check_origin(
-    run: ledger.Run, target: ledger.Target, record: ledger.ShardRecord
-) -> Iterator[str]:
+def _check_origin(run: ledger.Run, target: Target, record: ledger.ShardRecord) -> Iterator[str]:
     path = target.shard.path
     if record.shard != path:
         yield f"{path}: its record names shard {record.shard}"
@@ -124,17 +122,19 @@ def _check_origin(
 def _check_inputs(run: ledger.Run) -> Iterator[str]:
     """Shards of the archive that changed, vanished or came since they were listed."""
     try:
-        now = {shard.path: (shard.size, shard.etag) for shard in list_shards(run.archive)}
+        now = Targets.of(map(Target, list_shards(run.archive)))
     except NotFound as error:
         yield f"the archive is not there to check against: {error}"
         return
-    for target in run.targets:
-        found = now.get(target.shard.path)
-        if found is None:
-            yield f"{target.shard.path}: listed by the run, gone from the archive"
-        elif found != (target.shard.size, target.shard.etag):
-            yield f"{target.shard.path}: changed in the archive since it was scored"
+    for path in _without(run.targets.paths, now.paths):
+        yield f"{path}: listed by the run, gone from the archive"
+    for path in run.targets.changed(now):
+        yield f"{path}: changed in the archive since it was scored"
     if run.trial is None and not run.config.get("shards"):
-        known = {target.shard.path for target in run.targets}
-        for path in sorted(now.keys() - known):
+        for path in _without(now.paths, run.targets.paths):
             yield f"{path}: in the archive, but not in the run; run the same score command again"
+
+
+def _without(paths: pa.ChunkedArray, known: pa.ChunkedArray) -> list[str]:
+    left: list[str] = paths.filter(pc.invert(pc.is_in(paths, value_set=known))).to_pylist()
+    return left

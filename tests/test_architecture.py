@@ -26,6 +26,7 @@ ROOMS = (
     "report",
     "verify",
     "ledger",
+    "targets",
     "predict",
     "splits",
     "learn",

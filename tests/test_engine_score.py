@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import random
 import signal
@@ -280,7 +281,9 @@ class Command:
         self._out, self._log = out, out.with_suffix(".log")
         line = [sys.executable, "-m", "mmray", "score", bundle, str(archive), "--out", str(out)]
         with self._log.open("w") as log:
-            self.process = subprocess.Popen(line, stderr=log)
+            # A shell that runs the tests in the background lets them, and this, ignore Ctrl-C.
+            heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+            self.process = subprocess.Popen(line, stderr=log, preexec_fn=heed)
 
     def said(self) -> str:
         return self._log.read_text()

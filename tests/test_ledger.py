@@ -12,22 +12,23 @@ import pytest
 from mmray import ledger
 from mmray.archive.shards import Shard
 from mmray.errors import ConfigError, NotFound
+from mmray.targets import Target, Targets
 from mmray.verify import verify
 
 LABELS = ("cat", "dog")
 
 
-def target(name: str = "2024/00000.tar", size: int = 10, etag: str = "e1") -> ledger.Target:
-    return ledger.Target(Shard(name, size, etag, "tar"))
+def target(name: str = "2024/00000.tar", size: int = 10, etag: str = "e1") -> Target:
+    return Target(Shard(name, size, etag, "tar"))
 
 
-def make_run(*targets: ledger.Target, **changes: object) -> ledger.Run:
+def make_run(*targets: Target, **changes: object) -> ledger.Run:
     values = {
         "archive": "/archive",
         "bundle": "/bundle",
         "fingerprint": "f" * 64,
         "labels": LABELS,
-        "targets": targets or (target(),),
+        "targets": Targets.of(targets or (target(),)),
         "chunk_rows": 4,
     }
     return ledger.Run(**(values | changes))
@@ -77,7 +78,7 @@ def test_commit_merges_overlapping_parts_into_every_row_once(tmp_path: Path) -> 
     assert table.column("row").to_pylist() == list(range(9))
     assert table.column("error").to_pylist()[5] == "image truncated: cut"
     assert ledger.read_record(ledger.scores_uri(out, shard)) == (record, 9)
-    assert ledger.covered(out) == {} and ledger.done_shards(out) == {shard}
+    assert ledger.covered(out) == {} and ledger.done_shards(out).to_pylist() == [shard]
 
 
 def test_commit_refuses_a_shard_with_a_gap(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_commit_refuses_a_shard_with_a_gap(tmp_path: Path) -> None:
     ledger.write_part(out, one.shard.path, 5, 8, scores(one.shard.path, 5, 8))
     with pytest.raises(AssertionError, match="cover rows up to 4"):
         ledger.commit(out, make_run(one), one, 8, None)
-    assert ledger.done_shards(out) == set()
+    assert len(ledger.done_shards(out)) == 0
 
 
 def test_an_unreadable_shard_is_committed_empty_with_its_problem(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_a_run_json_of_another_version_or_none_is_one_clear_error(tmp_path: Path
     with pytest.raises(NotFound, match="holds no scoring run"):
         ledger.read_run(str(tmp_path))
     tree = json.loads(make_run().to_json()) | {"format": 99}
-    for text in (json.dumps(tree), "{}", "not json"):
+    for text in (json.dumps(tree).encode(), b"{}", b"not json", b"\xff"):
         with pytest.raises(ConfigError):
             ledger.Run.from_json(text, "here")
 
@@ -149,7 +150,7 @@ def finished(tmp_path: Path) -> tuple[Path, ledger.Run]:
         (archive / name).write_bytes(name.encode() * 100)
     from mmray.archive.shards import list_shards
 
-    targets = [ledger.Target(shard) for shard in list_shards(str(archive))]
+    targets = [Target(shard) for shard in list_shards(str(archive))]
     run, _ = ledger.open_run(str(out), make_run(*targets, archive=str(archive)))
     for one in targets:
         ledger.write_part(str(out), one.shard.path, 0, 4, scores(one.shard.path, 0, 4))

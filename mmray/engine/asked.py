@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mmray import ledger
 from mmray.archive import rows
-from mmray.archive.shards import Shard, check_columns, list_shards, read_shard
+from mmray.archive.shards import check_columns, list_shards, read_shard
 from mmray.bundle import Manifest
 from mmray.config import Columns
 from mmray.engine.ingest import CHUNK_ROWS
 from mmray.errors import ConfigError
+from mmray.targets import Target, Targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +32,19 @@ class ScoreOptions:
 
 def asked(bundle: str, manifest: Manifest, archive: str, options: ScoreOptions) -> ledger.Run:
     """The run that a command asks for. Raises ConfigError when there is nothing to score."""
-    shards = _selected(archive, options.shards)
+    targets = _selected(archive, options.shards)
     used = manifest.spec["config"]["modalities"]
     check_columns(
-        archive, shards[0], options.columns, image=used != "text", caption=used != "image"
+        archive, targets[0].shard, options.columns, image=used != "text", caption=used != "image"
     )
-    targets = [ledger.Target(shard) for shard in shards]
     if options.limit is not None:
-        targets = list(_first_rows(archive, shards, options))
+        targets = Targets.of(_first_rows(archive, targets, options))
     return ledger.Run(
         archive=archive,
         bundle=bundle,
         fingerprint=manifest.fingerprint,
         labels=tuple(manifest.labels),
-        targets=tuple(targets),
+        targets=targets,
         chunk_rows=options.chunk_rows,
         embedding_dim=manifest.embedding_dim if options.embeddings else None,
         trial=None if options.limit is None else f"--limit {options.limit}",
@@ -51,30 +52,26 @@ def asked(bundle: str, manifest: Manifest, archive: str, options: ScoreOptions) 
     )
 
 
-def _selected(archive: str, wanted: str | None) -> list[Shard]:
-    shards = list(list_shards(archive))
-    if wanted is not None:
-        by_count = wanted.isdecimal()
-        shards = (
-            shards[: int(wanted)]
-            if by_count
-            else [shard for shard in shards if fnmatch.fnmatch(shard.path, wanted)]
-        )
-    if not shards:
+def _selected(archive: str, wanted: str | None) -> Targets:
+    shards = list_shards(archive)
+    if wanted is not None and wanted.isdecimal():
+        shards = itertools.islice(shards, int(wanted))
+    elif wanted is not None:
+        shards = (shard for shard in shards if fnmatch.fnmatch(shard.path, wanted))
+    targets = Targets.of(map(Target, shards))
+    if not targets:
         which = f" matching {wanted!r}" if wanted else ""
         raise ConfigError(f"{archive}: no .tar, .tar.gz, .tgz or .parquet shards{which}")
-    return shards
+    return targets
 
 
-def _first_rows(
-    archive: str, shards: Sequence[Shard], options: ScoreOptions
-) -> Iterator[ledger.Target]:
+def _first_rows(archive: str, targets: Iterable[Target], options: ScoreOptions) -> Iterator[Target]:
     """The shards that hold the first ``limit`` rows; counted by walking their headers."""
     left = options.limit or 0
-    for shard in shards:
+    for shard in (target.shard for target in targets):
         if left <= 0:
             return
         *_, end = read_shard(archive, shard, columns=options.columns, images=False, stop=left)
         assert isinstance(end, rows.ShardEnd)
-        yield ledger.Target(shard, min(left, end.rows))
+        yield Target(shard, min(left, end.rows))
         left -= end.rows

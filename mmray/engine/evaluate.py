@@ -23,7 +23,8 @@ from mmray.archive.shards import Shard
 from mmray.bundle import Manifest, read_manifest
 from mmray.engine import cluster
 from mmray.engine.choice import AUTO, Chosen, choose_rows, held_out
-from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset
+from mmray.engine.ingest import ReadOptions, chunks_dataset
+from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scan import (
     archive_shards,
     check_complete,
@@ -200,7 +201,7 @@ def _predict(
     pool = cluster.pool(resources)
     dataset = chunks_dataset(
         archive,
-        [Piece(shard) for shard in shards],
+        Plan(Piece(shard) for shard in shards),
         ReadOptions(
             columns=data.columns,
             fields=fields,

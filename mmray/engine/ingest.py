@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,19 +22,20 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasource, ReadTask
 
 from mmray.archive import rows
-from mmray.archive.shards import Shard, read_shard
+from mmray.archive.shards import read_shard
 from mmray.config import Columns
+from mmray.engine.pieces import Piece, Plan, Strip
 from mmray.errors import StorageError
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
-STRIP_PIECES = 64
 READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
 
 #: One chunk (``payload`` set), the end of a shard (``total`` set) or a failed read (``failure``).
 CHUNKS_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
+        ("index", pa.int64()),
         ("start", pa.int64()),
         ("stop", pa.int64()),
         ("payload", pa.large_binary()),
@@ -45,25 +45,6 @@ CHUNKS_SCHEMA = pa.schema(
         ("read_s", pa.float64()),
     ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Rows ``[start, stop)`` of a shard (None: to its end), less the intervals already covered.
-
-    A ``whole`` piece reports the shard's total when it ends; a part of one does not know it.
-    ``chunk_rows`` is for this piece alone; None: as all others.
-    """
-
-    shard: Shard
-    start: int = 0
-    stop: int | None = None
-    covered: tuple[tuple[int, int], ...] = ()
-    whole: bool = True
-    chunk_rows: int | None = None
-
-    def skips(self, row: int) -> bool:
-        return any(start <= row < stop for start, stop in self.covered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +60,20 @@ class ReadOptions:
 
 def chunks_dataset(
     root: str,
-    pieces: Sequence[Piece],
+    plan: Plan,
     options: ReadOptions = ReadOptions(),
     *,
     readers: int = 2,
     cpus: float = READ_CPUS,
 ) -> ray.data.Dataset:
-    """A dataset of ``CHUNKS_SCHEMA`` over ``pieces`` of the archive at ``root``.
+    """A dataset of ``CHUNKS_SCHEMA`` over the ``plan``ned pieces of the archive at ``root``.
 
     ``readers`` is about how many read tasks will run at once; it sets how finely the plan is cut
     into strips. ``cpus`` is what each of them takes: as much as a ``map_batches`` over whole blocks
     that follows takes, and Ray runs both in one task. A storage failure travels as a row
     (``failure``), for the consumer to raise.
     """
-    strips = _strips(pieces, readers)
+    strips = plan.strips(readers)
     dataset: ray.data.Dataset = ray.data.read_datasource(
         _Pieces(root, strips, options),
         override_num_blocks=len(strips),
@@ -140,7 +121,7 @@ def unpack(payload: bytes) -> list[rows.Sample]:
 class _Pieces(Datasource):
     """Read tasks over strips of pieces, one task a strip."""
 
-    def __init__(self, root: str, strips: Sequence[Sequence[Piece]], options: ReadOptions) -> None:
+    def __init__(self, root: str, strips: Sequence[Strip], options: ReadOptions) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._root, self._strips, self._options = root, strips, options
 
@@ -148,7 +129,7 @@ class _Pieces(Datasource):
         return "Pieces"
 
     def estimate_inmemory_data_size(self) -> int:
-        return sum(piece.shard.size for strip in self._strips for piece in strip)
+        return sum(strip.bytes for strip in self._strips)
 
     def get_read_tasks(
         self,
@@ -159,26 +140,19 @@ class _Pieces(Datasource):
         return [
             ReadTask(
                 functools.partial(_read_strip, self._root, strip, self._options),
-                BlockMetadata(None, sum(p.shard.size for p in strip), None, None),
+                BlockMetadata(None, strip.bytes, None, None),
                 schema=CHUNKS_SCHEMA,
             )
             for strip in self._strips
         ]
 
 
-def _strips(pieces: Sequence[Piece], readers: int) -> list[list[Piece]]:
-    """Deal the pieces, largest first, into strips of at most STRIP_PIECES."""
-    ordered = sorted(pieces, key=lambda piece: -piece.shard.size)
-    count = max(math.ceil(len(ordered) / STRIP_PIECES), min(len(ordered), readers * 8))
-    return [ordered[first::count] for first in range(count)]
-
-
-def _read_strip(root: str, strip: Sequence[Piece], options: ReadOptions) -> Iterator[pa.Table]:
+def _read_strip(root: str, strip: Strip, options: ReadOptions) -> Iterator[pa.Table]:
     for piece in strip:
         try:
             yield from _read_piece(root, piece, options)
         except StorageError as error:
-            yield _row(piece.shard.path, failure=str(error))
+            yield _row(piece, failure=str(error))
 
 
 def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Table]:
@@ -197,17 +171,17 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
     for chunk in rows.chunks(stream, chunk_rows, options.chunk_bytes):
         if isinstance(chunk, rows.ShardEnd):
             if piece.whole:
-                yield _row(piece.shard.path, chunk.rows, total=chunk.rows, problem=chunk.problem)
+                yield _row(piece, chunk.rows, total=chunk.rows, problem=chunk.problem)
             return
         packed = pack(chunk)
         seconds = time.perf_counter() - began
         first, last = chunk[0].row, chunk[-1].row
-        yield _row(piece.shard.path, first, last + 1, payload=packed, read_s=seconds)
+        yield _row(piece, first, last + 1, payload=packed, read_s=seconds)
         began = time.perf_counter()
 
 
 def _row(
-    shard: str,
+    piece: Piece,
     start: int = 0,
     stop: int | None = None,
     *,
@@ -217,7 +191,16 @@ def _row(
     failure: str | None = None,
     read_s: float = 0.0,
 ) -> pa.Table:
-    values = [shard, start, start if stop is None else stop, payload, total, problem, failure]
+    values = [
+        piece.shard.path,
+        piece.index,
+        start,
+        start if stop is None else stop,
+        payload,
+        total,
+        problem,
+        failure,
+    ]
     arrays = [
         pa.array([value], type=field.type)
         for value, field in zip([*values, read_s], CHUNKS_SCHEMA, strict=True)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from mmray.archive.shards import Shard
-from mmray.engine.ingest import Piece
+from mmray.engine.pieces import Piece
 from mmray.ledger import Interval
 
 DEATHS = 2  # a row that takes a worker with it twice, alone, is set aside
@@ -70,16 +70,19 @@ class Losses:
     def guilty(self, shard: str, lost: Iterable[Interval]) -> list[int]:
         return [row for row in _rows(lost) if self._deaths[shard, row] >= DEATHS]
 
-    def pieces(self, shard: Shard, lost: Iterable[Interval]) -> Iterator[Piece]:
-        """The lost rows to run again: suspects one by one, others in chunks as before."""
-        suspects = self._suspects.get(shard.path, set())
+    def pieces(self, of: Piece, lost: Iterable[Interval]) -> Iterator[Piece]:
+        """The lost rows to run again ``of`` a whole shard: suspects one by one, others in chunks as
+        before."""
+        suspects = self._suspects.get(of.shard.path, set())
         for start, stop in lost:
             begin = start
             for row in range(start, stop):
                 last = row + 1 == stop
                 if last or (row in suspects) != (row + 1 in suspects):
                     rows_each = 1 if row in suspects else None
-                    yield Piece(shard, begin, row + 1, whole=False, chunk_rows=rows_each)
+                    yield replace(
+                        of, start=begin, stop=row + 1, covered=(), whole=False, chunk_rows=rows_each
+                    )
                     begin = row + 1
 
 

@@ -23,7 +23,8 @@ from mmray import splits
 from mmray.archive import rows
 from mmray.archive.shards import Shard
 from mmray.config import Columns, Modalities, Preprocess
-from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset
+from mmray.engine.ingest import ReadOptions, chunks_dataset
+from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scan import (
     LabelledRows,
     by_shard,
@@ -133,7 +134,7 @@ def prepare(
     """
     dataset = chunks_dataset(
         root,
-        [Piece(shard) for shard in shards if shard.path in wanted],
+        Plan(Piece(shard) for shard in shards if shard.path in wanted),
         ReadOptions(columns=columns, images=recipe.modalities != "text"),
         readers=readers,
         cpus=1,

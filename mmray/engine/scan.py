@@ -22,7 +22,8 @@ from mmray.archive import rows
 from mmray.archive.shards import Shard, list_shards, read_shard
 from mmray.archive.want import ALL_FIELDS
 from mmray.config import Columns
-from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, running, samples_of
+from mmray.engine.ingest import ReadOptions, chunks_dataset, running, samples_of
+from mmray.engine.pieces import Piece, Plan
 from mmray.errors import ConfigError, MmrayError, RunError
 
 PEEK_SHARDS, PEEK_ROWS = 8, 64
@@ -117,7 +118,7 @@ def scan(
     fields = (label,) if split is None else (label, split)
     dataset = chunks_dataset(
         root,
-        [Piece(shard) for shard in shards],
+        Plan(Piece(shard) for shard in shards),
         ReadOptions(columns=columns, fields=fields),
         readers=readers,
         cpus=1,

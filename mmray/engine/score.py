@@ -8,11 +8,14 @@ files in OUT.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 from ray.util.annotations import RayDeprecationWarning
 
@@ -23,12 +26,14 @@ from mmray.bundle import read_manifest
 from mmray.engine import cluster
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
-from mmray.engine.ingest import Piece, ReadOptions, chunks_dataset, running
+from mmray.engine.ingest import ReadOptions, chunks_dataset, running
 from mmray.engine.losses import Losses, call_witness
+from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scorer import Scorer, start_committer
 from mmray.errors import MmrayError, RunError
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import write_summary
+from mmray.targets import Target
 
 __all__ = ["ScoreOptions", "score"]
 
@@ -51,12 +56,13 @@ def score(
     asked = what_is_asked(bundle, manifest, archive, options)
     run, resumed = ledger.open_run(out, asked)
     done = ledger.done_shards(out)
-    todo = [target for target in asked.targets if target.shard.path not in done]
-    if not todo:
+    if asked.targets.among(done).all():
         console.say(f"nothing to do: all {len(asked.targets):,} shards are scored in {out}")
         return write_summary(out, run, None)
     if resumed:
         console.say(f"going on: {len(done):,} of {len(run.targets):,} shards are done in {out}")
+    todo = run.targets.among(asked.targets.paths) & ~run.targets.among(done)
+    del asked, done
     job = _Job(out, run, todo, options, console)
     job.run_to_end()
     summary = write_summary(out, run, job.meter)
@@ -74,7 +80,7 @@ def score(
 class _Shard:
     """What the driver knows of a shard in work."""
 
-    target: ledger.Target
+    target: Target
     covered: list[ledger.Interval] = field(default_factory=list)
     total: int | None = None
     problem: str | None = None
@@ -107,91 +113,101 @@ class _Job:
         self,
         out: str,
         run: ledger.Run,
-        todo: Sequence[ledger.Target],
+        todo: npt.NDArray[np.bool_],
         options: ScoreOptions,
         console: Console,
     ) -> None:
+        """``todo``: which of the run's targets to score."""
         self._out, self._run, self._options, self._console = out, run, options, console
-        parts = ledger.covered(out)
-        self._open = {
-            target.shard.path: _Shard(target, parts.get(target.shard.path, [])) for target in todo
-        }
-        for shard in parts.keys() - self._open.keys():
-            ledger.drop_parts(out, shard)  # committed, but killed before it could tidy up
-        size = sum(target.shard.size for target in run.targets)
-        done = size - sum(target.shard.size for target in todo)
+        self._todo = todo
+        self._live = self._with_parts(ledger.covered(out))
+        done = run.targets.size - run.targets.take(todo).size
         self.meter = Meter(
-            total_bytes=size,
+            total_bytes=run.targets.size,
             total_shards=len(run.targets),
             done_bytes=done,
             resumed_bytes=done,
-            done_shards=len(run.targets) - len(todo),
+            done_shards=len(run.targets) - int(todo.sum()),
         )
         self._losses = Losses()
         self._commits: list[Any] = []
         self._committers: list[Any] = []
 
+    def _with_parts(self, parts: dict[str, list[ledger.Interval]]) -> dict[int, _Shard]:
+        """The shards to do that an earlier command scored in part."""
+        live: dict[int, _Shard] = {}
+        places = pc.index_in(pa.array(parts, pa.string()), value_set=self._run.targets.paths)
+        for (shard, covered), index in zip(parts.items(), places.to_pylist(), strict=True):
+            if index is not None and self._todo[index]:
+                live[index] = _Shard(self._run.targets[index], covered)
+            else:
+                ledger.drop_parts(self._out, shard)  # committed, but killed before it tidied up
+        return live
+
     def run_to_end(self) -> None:
         self._console.say(
-            f"scoring {len(self._open):,} shards of {self._run.archive} "
+            f"scoring {self._todo.sum():,} shards of {self._run.archive} "
             f"with {self._run.fingerprint[:12]} into {self._out}"
         )
         resources = cluster.connect()
         count = 1 + resources.cpus // CPUS_A_COMMITTER
         self._committers = [start_committer(self._out, self._run) for _ in range(count)]
-        pieces, stalled, witness = self._first_pieces(), 0, None
-        while pieces:
+        plan, stalled, witness = Plan(self._pieces()), 0, None
+        while plan:
             before = self._remaining()
-            self._one_pass(pieces, resources, witness)
+            self._one_pass(plan, resources, witness)
             self._finish_commits(0)
             if witness is not None:
                 self._losses.hear(witness, self._lost())
             stalled = 0 if self._remaining() < before else stalled + 1
             if stalled == STALLED_PASSES:
                 raise RunError(
-                    f"{self._out}: no progress in {stalled} passes over {len(self._open)} shards, "
-                    f"first {next(iter(self._open))}: its readers die; look at the workers' logs"
+                    f"{self._out}: no progress in {stalled} passes over {self._todo.sum():,} "
+                    f"shards, first {self._first()}: its readers die; look at the workers' logs"
                 )
-            pieces = self._pieces_again()
-            if pieces:
+            plan = Plan(self._pieces_again())
+            self._finish_commits(0)
+            if plan:
+                self._console.say(f"{len(plan):,} pieces lost their worker; running them again")
                 witness = call_witness()
         self._console.show(self.meter.line, force=True)
         self._console.end()
 
     def _remaining(self) -> tuple[int, int, int]:
         """Shrinks with every pass that achieves something."""
-        unknown = sum(shard.total is None for shard in self._open.values())
+        left = int(self._todo.sum())
+        unknown = left - sum(shard.total is not None for shard in self._live.values())
         lost = sum(b - a for intervals in self._lost().values() for a, b in intervals)
-        return len(self._open), unknown, lost - self._losses.known
+        return left, unknown, lost - self._losses.known
 
     def _lost(self) -> dict[str, list[ledger.Interval]]:
-        return {path: shard.missing() for path, shard in self._open.items()}
+        return {shard.target.shard.path: shard.missing() for shard in self._live.values()}
+
+    def _first(self) -> str:
+        return self._run.targets[int(self._todo.argmax())].shard.path
 
     # --- pieces --------------------------------------------------------------------------------
 
-    def _first_pieces(self) -> list[Piece]:
-        return [self._whole(shard) for shard in self._open.values()]
+    def _pieces(self) -> Iterator[Piece]:
+        """Of every shard to do, all that no part covers."""
+        targets = self._run.targets.take(self._todo)
+        for index, target in zip(np.flatnonzero(self._todo).tolist(), targets, strict=True):
+            held = self._live.get(index)
+            covered = tuple(ledger.joined(held.covered)) if held else ()
+            yield Piece(target.shard, index, 0, target.stop, covered)
 
-    def _whole(self, shard: _Shard) -> Piece:
-        """All of a shard that no part covers."""
-        covered = tuple(ledger.joined(shard.covered))
-        return Piece(shard.target.shard, 0, shard.target.stop, covered)
-
-    def _pieces_again(self) -> list[Piece]:
+    def _pieces_again(self) -> Iterator[Piece]:
         """What the last pass left: lost rows, and whole shards whose reader died."""
-        pieces: list[Piece] = []
-        for path, shard in list(self._open.items()):
-            if shard.total is None:
-                pieces.append(self._whole(shard))
+        for piece in self._pieces():
+            held = self._live.get(piece.index)
+            if held is None or held.total is None:
+                yield piece
                 continue
-            for row in self._losses.guilty(path, shard.missing()):
-                self._set_aside(shard, row)
-            pieces += self._losses.pieces(shard.target.shard, shard.missing())
-            self._commit_if_covered(shard)
-        self._finish_commits(0)
-        if pieces:
-            self._console.say(f"{len(pieces):,} pieces lost their worker; running them again")
-        return pieces
+            path = piece.shard.path
+            for row in self._losses.guilty(path, held.missing()):
+                self._set_aside(held, row)
+            yield from self._losses.pieces(piece, held.missing())
+            self._commit_if_covered(piece.index, held)
 
     def _set_aside(self, shard: _Shard, row: int) -> None:
         """A row that killed its worker every time it was tried alone."""
@@ -224,15 +240,13 @@ class _Job:
 
     # --- a pass --------------------------------------------------------------------------------
 
-    def _one_pass(
-        self, pieces: Sequence[Piece], resources: cluster.Resources, witness: Any
-    ) -> None:
+    def _one_pass(self, plan: Plan, resources: cluster.Resources, witness: Any) -> None:
         options = ReadOptions(columns=self._options.columns, chunk_rows=self._run.chunk_rows)
         pool = cluster.pool(resources, self._options.actors)
         with warnings.catch_warnings():
             # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
             warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = self._dataset(pieces, options, pool, witness)
+            dataset = self._dataset(plan, options, pool, witness)
         dataset.context.max_errored_blocks = -1  # what a dead worker held is run again below
         with running(dataset) as batches:
             for batch in batches:
@@ -242,9 +256,9 @@ class _Job:
                 self._console.show(self.meter.line)
 
     def _dataset(
-        self, pieces: Sequence[Piece], options: ReadOptions, pool: cluster.Pool, witness: Any
+        self, plan: Plan, options: ReadOptions, pool: cluster.Pool, witness: Any
     ) -> ray.data.Dataset:
-        chunks = chunks_dataset(self._run.archive, pieces, options, readers=pool.most)
+        chunks = chunks_dataset(self._run.archive, plan, options, readers=pool.most)
         return chunks.map_batches(
             Scorer,
             batch_size=1,
@@ -258,7 +272,7 @@ class _Job:
                 1,
                 witness,
             ),
-            compute=pool.strategy(pieces=len(pieces), in_flight=None if witness is None else 1),
+            compute=pool.strategy(pieces=len(plan), in_flight=None if witness is None else 1),
             num_cpus=SCORER_CPUS,
             num_gpus=1 if pool.gpu else None,
             ray_remote_args_fn=_restart_without_retry,
@@ -267,12 +281,16 @@ class _Job:
     def _book(self, receipt: dict[str, Any]) -> None:
         if receipt["failure"] is not None:
             raise MmrayError(f"{receipt['failure']}; run the same command again to go on")
-        shard = self._open[receipt["shard"]]
+        index = receipt["index"]
+        assert self._todo[index], f"{receipt['shard']}: a receipt for a shard that is done"
+        shard = self._live.get(index)
+        if shard is None:
+            shard = self._live[index] = _Shard(self._run.targets[index])
         if receipt["total"] is not None:
             shard.total, shard.problem = receipt["total"], receipt["problem"]
         else:
             self._count(shard, receipt)
-        self._commit_if_covered(shard)
+        self._commit_if_covered(index, shard)
 
     def _count(self, shard: _Shard, receipt: dict[str, Any]) -> None:
         shard.covered.append((receipt["start"], receipt["stop"]))
@@ -292,14 +310,14 @@ class _Job:
 
     # --- commits -------------------------------------------------------------------------------
 
-    def _commit_if_covered(self, shard: _Shard) -> None:
-        path = shard.target.shard.path
-        if shard.total is None or path not in self._open or shard.missing():
+    def _commit_if_covered(self, index: int, shard: _Shard) -> None:
+        if shard.total is None or not self._todo[index] or shard.missing():
             return
-        del self._open[path]
+        self._todo[index] = False
+        del self._live[index]
         self.meter.done_bytes += shard.target.shard.size - shard.bytes
         self._finish_commits(COMMITS_IN_FLIGHT)
-        committer = self._committers[len(self._open) % len(self._committers)]
+        committer = self._committers[index % len(self._committers)]
         self._commits.append(committer.commit.remote(shard.target, shard.total, shard.problem))
 
     def _finish_commits(self, leave: int) -> None:

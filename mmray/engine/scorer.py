@@ -17,6 +17,7 @@ from mmray import ledger
 from mmray.archive import rows
 from mmray.engine import ingest
 from mmray.errors import MmrayError
+from mmray.targets import Target, Targets
 
 COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
 
@@ -24,6 +25,7 @@ COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
 RECEIPT_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
+        ("index", pa.int64()),
         ("start", pa.int64()),
         ("stop", pa.int64()),
         ("total", pa.int64()),
@@ -77,7 +79,7 @@ class Scorer:
         return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
 
     def _receipt(self, record: dict[str, object]) -> dict[str, object]:
-        kept = ("shard", "start", "stop", "total", "problem", "failure", "read_s")
+        kept = ("shard", "index", "start", "stop", "total", "problem", "failure", "read_s")
         receipt = {name: record[name] for name in kept}
         payload = record["payload"]
         if self._refusal is not None:
@@ -112,7 +114,7 @@ class Committer:
     def __init__(self, out: str, run: ledger.Run) -> None:
         self._out, self._run = out, run
 
-    def commit(self, target: ledger.Target, total: int, problem: str | None) -> ledger.ShardRecord:
+    def commit(self, target: Target, total: int, problem: str | None) -> ledger.ShardRecord:
         return ledger.commit(self._out, self._run, target, total, problem)
 
 
@@ -120,4 +122,4 @@ def start_committer(out: str, run: ledger.Run) -> Any:
     """A committer that takes no CPU of its own: it mostly waits for storage."""
     actor = ray.remote(num_cpus=0)(Committer)
     options = {"max_concurrency": COMMITS_AT_ONCE, "max_restarts": -1, "max_task_retries": -1}
-    return actor.options(**options).remote(out, replace(run, targets=()))
+    return actor.options(**options).remote(out, replace(run, targets=Targets.of(())))

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from typing import Any
 
 from mmray import ledger, storage
 from mmray.report.progress import Meter, duration
-
-FOOTER_READERS = 16
 
 
 def write_summary(out: str, run: ledger.Run, meter: Meter | None) -> dict[str, Any]:
@@ -51,13 +48,11 @@ def _times(meter: Meter) -> dict[str, Any]:
 
 def records(out: str, run: ledger.Run) -> Iterator[ledger.ShardRecord]:
     """The record of every committed shard of the run, read from its footer, in order."""
-    done = ledger.done_shards(out)
-    paths = [t.shard.path for t in run.targets if t.shard.path in done]
-    with ThreadPoolExecutor(FOOTER_READERS) as pool:
-        for record, _ in pool.map(
-            lambda path: ledger.read_record(ledger.scores_uri(out, path)), paths
-        ):
-            yield record
+    done = run.targets.take(run.targets.among(ledger.done_shards(out)))
+    for record, _ in ledger.each(
+        lambda target: ledger.read_record(ledger.scores_uri(out, target.shard.path)), done
+    ):
+        yield record
 
 
 def _tally(run: ledger.Run, done: Iterator[ledger.ShardRecord]) -> dict[str, Any]:
