@@ -21,6 +21,7 @@ from mmray.bundle import Bundle
 from mmray.config import Precision
 from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
 from mmray.learn import autocast, collate, resolve_precision
+from mmray.model.speed import for_inference, keep_freed_memory
 from mmray.preprocess import Prepared
 
 CPU_BATCH, GPU_BATCH = 16, 256  # rows; on a CPU, larger batches leave its caches
@@ -77,8 +78,10 @@ class Predictor:
         self.embedding_dim = bundle.spec.config.hidden
         self._golden = bundle.golden
         self._preprocessor = bundle.build_preprocessor()
-        self._model = bundle.build_model().to(self.device)
+        self._model = for_inference(bundle.build_model()).to(self.device)
         self._model.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._blank = _blank(bundle)
 
     # --- one step at a time ------------------------------------------------------------------

@@ -36,11 +36,13 @@ class Normalize(nn.Module):
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         x_BCHW = pixels_BCHW.to(torch.float32, memory_format=torch.channels_last)
-        return (x_BCHW - self.mean) * self.scale
+        return x_BCHW.sub_(self.mean).mul_(self.scale)
 
 
 class ImageEncoder(Encoder):
     """``forward(pixels_BCHW uint8)`` -> Features; tokens are patches, row by row."""
+
+    net: nn.Module
 
     def __init__(self, normalize: str) -> None:
         super().__init__()

@@ -1,0 +1,73 @@
+"""A user would get other scores than the model was measured with if a speed-up changed it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mmray.config import ImageModel, Model, TextModel
+from mmray.model import build_model, make_spec
+from mmray.model.speed import fold_batch_norms, for_inference, keep_freed_memory
+
+
+def batch_norms(net: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+
+
+@pytest.mark.parametrize(
+    "encoder", ["small_cnn", "resnet18", "mobilenet_v3_small", "efficientnet_b0", "regnet_x_400mf"]
+)
+def test_folding_leaves_no_batch_norm_and_the_same_features(encoder: str) -> None:
+    torch.manual_seed(0)
+    cfg = Model(
+        modalities="image", image=ImageModel(encoder=encoder), text=TextModel(encoder="bag")
+    )
+    spec = make_spec(cfg, num_classes=3, vocab_size=10, pad_id=0, max_tokens=8, image_size=64)
+    model = build_model(spec).train()
+    pixels = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        model(pixels, None, None)  # running statistics that are not 0 and 1
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 2)
+                module.bias.uniform_(-1, 1)
+        before, embedding = model.eval()(pixels, None, None)
+        found = batch_norms(model)
+        folded = for_inference(model)
+        after, embedding_after = folded(pixels, None, None)
+    assert found > 0 and batch_norms(model) == 0
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(embedding_after, embedding, rtol=1e-4, atol=1e-4)
+
+
+def test_a_convolution_that_others_read_too_keeps_its_batch_norm() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.conv(x)
+            return y + self.norm(y)
+
+    net = Forked().eval()
+    assert fold_batch_norms(net) == 0 and batch_norms(net) == 1
+
+
+def test_what_cannot_be_traced_is_left_alone() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x)) if x.mean() > 0 else x
+
+    net = Branching().eval()
+    assert fold_batch_norms(net) == 0 and batch_norms(net) == 1
+
+
+def test_keeping_memory_can_be_asked_for_anywhere() -> None:
+    keep_freed_memory()
+    assert torch.ones(1 << 24).sum() == 1 << 24
