@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import simplejpeg
 import torch
+from _corpus import photo
 from PIL import Image
 from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import functional
@@ -30,19 +31,6 @@ CFG = ImagePreprocess()
 SIZE = (CFG.size, CFG.size)
 #: Side in pixels and JPEG quality; about 46 and 310 kB a picture.
 PICTURES = ((512, 84), (1500, 83))
-
-
-def photo(side: int, quality: int, seed: int) -> bytes:
-    """A JPEG with detail at every scale, coarse strong and fine weak, as photos have it."""
-    noise = np.random.default_rng(seed)
-    pixels = np.full((side, side, 3), 128.0)
-    for cells, strength in ((4, 60), (16, 40), (64, 25), (side // 4, 12), (side, 6)):
-        tile = Image.fromarray(noise.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
-        layer = np.asarray(tile.resize((side, side), Image.Resampling.BICUBIC), dtype=float)
-        pixels += (layer / 128 - 1) * strength
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=quality)
-    return buffer.getvalue()
 
 
 def pillow(data: bytes, draft: bool = False) -> np.ndarray:

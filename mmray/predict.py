@@ -21,7 +21,8 @@ from mmray.bundle import Bundle
 from mmray.config import Precision
 from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
 from mmray.learn import autocast, collate, resolve_precision
-from mmray.model.speed import for_inference, keep_freed_memory
+from mmray.memory import keep_freed_memory
+from mmray.model.speed import for_inference
 from mmray.preprocess import Prepared
 
 CPU_BATCH, GPU_BATCH = 16, 256  # rows; on a CPU, larger batches leave its caches

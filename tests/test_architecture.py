@@ -38,6 +38,7 @@ ROOMS = (
     "preprocess",
     "archive",
     "storage",
+    "memory",
     "s3",
     "config",
     "errors",

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from mmray.config import ImageModel, Model, TextModel
+from mmray.memory import keep_freed_memory
 from mmray.model import build_model, make_spec
-from mmray.model.speed import fold_batch_norms, for_inference, keep_freed_memory
+from mmray.model.speed import fold_batch_norms, for_inference
 
 
 def batch_norms(net: nn.Module) -> int:

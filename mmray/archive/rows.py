@@ -25,6 +25,8 @@ STAGES = ("read", "image", "caption", "predict")
 #: Default cap on the encoded bytes of one image; larger ones are set aside unread.
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 
+FIRST_ROWS = 32  # of a shard's first chunk, at most
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
@@ -104,12 +106,14 @@ def chunks(
     """Group a shard's samples into chunks: consecutive rows, at most ``max_rows`` of them, closed
     early once they hold ``max_bytes`` of image data or the next row does not follow.
 
-    Where a chunk starts fixes where it ends, so a shard that is read again is cut alike.
+    The first chunk of a shard has at most ``FIRST_ROWS``, so that something is done soon. Where a
+    chunk starts fixes where it ends, so a shard that is read again is cut alike.
     """
     held: list[Sample] = []
     size = 0
     for item in stream:
-        full = len(held) >= max_rows or size >= max_bytes
+        most = max_rows if not held or held[0].row else min(max_rows, FIRST_ROWS)
+        full = len(held) >= most or size >= max_bytes
         if held and (full or isinstance(item, ShardEnd) or item.row != held[-1].row + 1):
             yield held
             held, size = [], 0

@@ -1,10 +1,10 @@
 """Archive pieces -> a ``ray.data.Dataset`` of chunks.
 
-One row of the dataset is one whole chunk of samples, packed as Arrow IPC bytes. Ray may cut and
-join blocks as it likes; it can not cut inside a chunk, so a chunk is scored as the same batch in
-every run. Few long read tasks each walk a strip of pieces: a task a shard costs 15 ms of the
-driver, which a million shards cannot afford. A strip always yields the same chunks in the same
-order, as Ray assumes when it runs a read task again.
+One row of the dataset is one whole chunk of samples. Ray may cut and join blocks as it likes; it
+can not cut inside a chunk, so a chunk is scored as the same batch in every run. Few long read tasks
+each walk a strip of pieces: a task a shard costs 15 ms of the driver, which a million shards cannot
+afford. A strip always yields the same chunks in the same order, as Ray assumes when it runs a read
+task again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -26,19 +27,20 @@ from mmray.archive.shards import read_shard
 from mmray.config import Columns
 from mmray.engine.pieces import Piece, Plan, Strip
 from mmray.errors import StorageError
+from mmray.memory import keep_freed_memory
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
 READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
 
-#: One chunk (``payload`` set), the end of a shard (``total`` set) or a failed read (``failure``).
+#: One chunk (``samples`` set), the end of a shard (``total`` set) or a failed read (``failure``).
 CHUNKS_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("index", pa.int64()),
         ("start", pa.int64()),
         ("stop", pa.int64()),
-        ("payload", pa.large_binary()),
+        ("samples", pa.large_list(pa.struct(list(rows.CHUNK_SCHEMA)))),
         ("total", pa.int64()),
         ("problem", pa.string()),
         ("failure", pa.string()),
@@ -97,25 +99,25 @@ def running(dataset: ray.data.Dataset) -> Iterator[Iterator[pa.Table]]:
         gc.collect()  # a pool's actors hold their CPUs until the last handle is gone
 
 
+def chunks_of(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[rows.Sample] | None]]:
+    """Every row of a batch of the dataset: its other values (and ``bytes``, in memory), and its
+    samples, None for what is no chunk."""
+    column = batch.column("samples")
+    for record, chunk in zip(batch.drop_columns(["samples"]).to_pylist(), column, strict=True):
+        if not chunk.is_valid:
+            yield record | {"bytes": 0}, None
+            continue
+        samples = rows.from_table(pa.Table.from_struct_array(chunk.values))
+        yield record | {"bytes": chunk.values.nbytes}, samples
+
+
 def samples_of(batch: pa.Table) -> Iterator[list[rows.Sample]]:
     """The chunks of a batch of the dataset; raises StorageError for a failed read."""
-    for record in batch.to_pylist():
+    for record, samples in chunks_of(batch):
         if record["failure"] is not None:
             raise StorageError(record["failure"])
-        if record["payload"] is not None:
-            yield unpack(record["payload"])
-
-
-def pack(samples: Sequence[rows.Sample]) -> bytes:
-    sink = pa.BufferOutputStream()
-    table = rows.to_table(samples)
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return bytes(sink.getvalue())
-
-
-def unpack(payload: bytes) -> list[rows.Sample]:
-    return rows.from_table(pa.ipc.open_stream(payload).read_all())
+        if samples is not None:
+            yield samples
 
 
 class _Pieces(Datasource):
@@ -148,6 +150,7 @@ class _Pieces(Datasource):
 
 
 def _read_strip(root: str, strip: Strip, options: ReadOptions) -> Iterator[pa.Table]:
+    keep_freed_memory()
     for piece in strip:
         try:
             yield from _read_piece(root, piece, options)
@@ -173,10 +176,10 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
             if piece.whole:
                 yield _row(piece, chunk.rows, total=chunk.rows, problem=chunk.problem)
             return
-        packed = pack(chunk)
+        table = rows.to_table(chunk)
         seconds = time.perf_counter() - began
         first, last = chunk[0].row, chunk[-1].row
-        yield _row(piece, first, last + 1, payload=packed, read_s=seconds)
+        yield _row(piece, first, last + 1, samples=table, read_s=seconds)
         began = time.perf_counter()
 
 
@@ -185,24 +188,17 @@ def _row(
     start: int = 0,
     stop: int | None = None,
     *,
-    payload: bytes | None = None,
+    samples: pa.Table | None = None,
     total: int | None = None,
     problem: str | None = None,
     failure: str | None = None,
     read_s: float = 0.0,
 ) -> pa.Table:
-    values = [
-        piece.shard.path,
-        piece.index,
-        start,
-        start if stop is None else stop,
-        payload,
-        total,
-        problem,
-        failure,
-    ]
-    arrays = [
-        pa.array([value], type=field.type)
-        for value, field in zip([*values, read_s], CHUNKS_SCHEMA, strict=True)
-    ]
+    begins, ends = start, start if stop is None else stop
+    values = [piece.shard.path, piece.index, begins, ends, None, total, problem, failure, read_s]
+    arrays = [pa.array([v], type=f.type) for v, f in zip(values, CHUNKS_SCHEMA, strict=True)]
+    if samples is not None:
+        at = CHUNKS_SCHEMA.get_field_index("samples")
+        (structs,) = samples.to_struct_array().chunks
+        arrays[at] = pa.LargeListArray.from_arrays([0, len(structs)], structs)
     return pa.Table.from_arrays(arrays, schema=CHUNKS_SCHEMA)

@@ -22,7 +22,7 @@ from mmray.archive import rows
 from mmray.archive.shards import Shard, list_shards, read_shard
 from mmray.archive.want import ALL_FIELDS
 from mmray.config import Columns
-from mmray.engine.ingest import ReadOptions, chunks_dataset, running, samples_of
+from mmray.engine.ingest import ReadOptions, chunks_dataset, chunks_of, running
 from mmray.engine.pieces import Piece, Plan
 from mmray.errors import ConfigError, MmrayError, RunError
 
@@ -190,12 +190,10 @@ def map_chunks(
     ``failure``, for the driver to raise: as an exception it would arrive as one of Ray's.
     """
     made = []
-    for i in range(batch.num_rows):
-        row = batch.slice(i, 1)
+    for record, samples in chunks_of(batch):
         values: dict[str, Any] = dict.fromkeys(schema.names)
-        values |= row.select(["shard", "total", "problem", "failure"]).to_pylist()[0]
-        if row["payload"].null_count == 0:
-            (samples,) = samples_of(row)
+        values |= {name: record[name] for name in ("shard", "total", "problem", "failure")}
+        if samples is not None:
             try:
                 values |= work(values["shard"], samples)
             except MmrayError as error:

@@ -75,22 +75,20 @@ class Scorer:
             self._refusal = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        receipts = [self._receipt(record) for record in batch.to_pylist()]
+        receipts = [self._receipt(*chunk) for chunk in ingest.chunks_of(batch)]
         return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
 
-    def _receipt(self, record: dict[str, object]) -> dict[str, object]:
-        kept = ("shard", "index", "start", "stop", "total", "problem", "failure", "read_s")
-        receipt = {name: record[name] for name in kept}
-        payload = record["payload"]
+    def _receipt(
+        self, receipt: dict[str, Any], samples: list[rows.Sample] | None
+    ) -> dict[str, Any]:
         if self._refusal is not None:
             receipt["failure"] = self._refusal
-        elif isinstance(payload, bytes):
+        elif samples is not None:
             if self._witness is not None:
-                chunk = (record["shard"], record["start"], record["stop"])
+                chunk = (receipt["shard"], receipt["start"], receipt["stop"])
                 ray.get(self._witness.begin.remote(*chunk))
             try:
-                receipt |= self._score(ingest.unpack(payload))
-                receipt["bytes"] = len(payload)
+                receipt |= self._score(samples)
             except MmrayError as error:
                 receipt["failure"] = str(error)
         return receipt

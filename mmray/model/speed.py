@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import sys
-
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmray.model.fusion_model import FusionModel
-
-#: Of mallopt(3): the option's number.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 1 << 30
 
 
 def for_inference(model: FusionModel) -> FusionModel:
@@ -49,19 +41,3 @@ def fold_batch_norms(net: nn.Module) -> int:
             net.set_submodule(node.target, nn.Identity())
             folded += 1
     return folded
-
-
-@functools.cache
-def keep_freed_memory() -> None:
-    """Have the C library keep what this process frees, up to a GiB, rather than return it.
-
-    A layer's output of some megabytes is otherwise new pages from the kernel in every batch, which
-    costs a small network on a CPU as much time as its arithmetic. Does nothing off glibc.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    library = ctypes.CDLL(None)
-    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
-        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-

@@ -1,0 +1,159 @@
+"""Rows a second of scoring on one machine: mmray against bare processes and against other tools.
+
+    python benchmarks/score_throughput.py [--rows 4096] [--rounds 2] [--json]
+
+Two kinds of archive (JPEGs of 512 px and of 1500 px), two models (MobileNetV3-small and ResNet-18,
+each with a small text transformer), six ways, in turns within one run, so that whatever else the
+machine does falls on all of them; the best round of each counts. Rates are in steady state: a
+quarter of the rows comes before, the last twentieth after. The slower tools are given a quarter of
+the archive. ``--json`` gives the worst ratio over the four cases.
+
+``plain``: bare processes, one a core, with scaled JPEG decode and the model as plain torch runs it.
+``limit``: the same with mmray's Predictor; what it costs to score without a framework. ``mmray``.
+``ray_docs``: the pattern of Ray's documentation. ``dataloader``: webdataset and DataLoader.
+``daft``, on the same pairs in Parquet (needs `pip install daft`; left out where it is not there).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from _corpus import pictures, write_bundle, write_parquet, write_tars
+
+ARMS = ("plain", "limit", "mmray", "mmray_embeddings", "ray_docs", "dataloader", "daft")
+SIDES = (512, 1500)  # px
+ENCODERS = ("mobilenet_v3_small", "resnet18")
+#: Of --rows: what large pictures and a large model leave of them, for runs of about a minute.
+SHARE = {512: 1.0, 1500: 0.5, "mobilenet_v3_small": 1.0, "resnet18": 0.125}
+SLOW = ("ray_docs", "dataloader", "daft")
+SHARDS = 16
+
+
+def run(arm: str, bundle: Path, archive: Path) -> dict[str, float]:
+    """One arm in its own process; what it says of itself."""
+    script = Path(__file__).with_name("_arms.py")
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    done = subprocess.run(
+        [sys.executable, script, arm, bundle, archive],
+        env=environment, capture_output=True, text=True, timeout=1800,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{arm} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=4096, help="pairs of 512 px (default 4096)")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of every arm (default 2)")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which, by comma")
+    parser.add_argument("--sides", default="512,1500", help="px, by comma")
+    parser.add_argument("--encoders", default=",".join(ENCODERS), help="by comma")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    args = parser.parse_args()
+    arms = [arm for arm in args.arms.split(",") if arm != "daft" or _there("daft")]
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for side in map(int, args.sides.split(",")):
+            images = pictures(side)
+            for encoder in args.encoders.split(","):
+                rows = int(args.rows * SHARE[side] * SHARE[encoder])
+                bundle = write_bundle(Path(folder) / encoder, encoder)
+                archives = _archives(Path(folder) / f"{side}-{rows}", rows, images)
+                cases.append(_case(side, encoder, bundle, archives, arms, args.rounds))
+    result = {
+        "benchmark": "score_throughput",
+        "cores": os.cpu_count(),
+        "cases": cases,
+        **_worst(cases),
+    }
+    print(json.dumps(result) if args.json else _table(result))
+
+
+def _archives(root: Path, rows: int, images: list[bytes]) -> dict[str, Path]:
+    """Arm -> the archive it is given."""
+    counts = [rows // SHARDS] * SHARDS
+    whole = write_tars(root / "tar", counts, images)
+    quarter = [count // 4 for count in counts]
+    part = write_tars(root / "quarter", quarter, images)
+    parquet = write_parquet(root / "parquet", quarter, images)
+    archives = {arm: part if arm in SLOW else whole for arm in ARMS}
+    return archives | {"daft": parquet}
+
+
+def _there(package: str) -> bool:
+    found = importlib.util.find_spec(package) is not None
+    if not found:
+        print(f"{package} is not installed: left out", file=sys.stderr)
+    return found
+
+
+def _case(
+    side: int, encoder: str, bundle: Path, archives: dict[str, Path], arms: list[str], rounds: int
+) -> dict[str, object]:
+    rates: dict[str, list[float]] = {arm: [] for arm in arms}
+    firsts: dict[str, list[float]] = {arm: [] for arm in arms}
+    for number in range(rounds):
+        for arm in arms:
+            found = run(arm, bundle, archives[arm])
+            rates[arm].append(round(found["rows_per_second"], 1))
+            firsts[arm].append(round(found["first_row_s"], 1))
+            print(
+                f"{side} px, {encoder}, round {number + 1} of {rounds}: {arm} "
+                f"{found['rows_per_second']:.0f} rows/s, first after {found['first_row_s']:.1f} s",
+                file=sys.stderr,
+            )
+    return {
+        "side_px": side,
+        "encoder": encoder,
+        "rows_per_second": {arm: max(values) for arm, values in rates.items()},
+        "rounds": rates,
+        "first_row_s": {arm: min(values) for arm, values in firsts.items()},
+    }
+
+
+def _worst(cases: list[dict[str, object]]) -> dict[str, float]:
+    """mmray's rate over each other arm's, and its first row, in the case that suits it least."""
+    worst: dict[str, float] = {}
+    for case in cases:
+        rates, firsts = case["rows_per_second"], case["first_row_s"]
+        assert isinstance(rates, dict) and isinstance(firsts, dict)
+        if "mmray" not in rates:
+            continue
+        for arm, rate in rates.items():
+            if arm not in ("mmray", "mmray_embeddings"):
+                name = f"mmray_over_{arm}"
+                worst[name] = min(worst.get(name, 1e9), round(rates["mmray"] / rate, 3))
+        if {"plain", "limit"} <= rates.keys():
+            ratio = round(rates["limit"] / rates["plain"], 3)
+            worst["limit_over_plain"] = min(worst.get("limit_over_plain", 1e9), ratio)
+        if "mmray_embeddings" in rates:
+            ratio = round(rates["mmray_embeddings"] / rates["mmray"], 3)
+            worst["embeddings_over_without"] = min(worst.get("embeddings_over_without", 1e9), ratio)
+        worst["first_row_s"] = max(worst.get("first_row_s", 0.0), firsts["mmray"])
+    return worst
+
+
+def _table(result: dict[str, object]) -> str:
+    cases = result["cases"]
+    assert isinstance(cases, list)
+    arms = list(cases[0]["rows_per_second"])
+    lines = [f"{'rows/s':28}" + "".join(f"{arm:>12}" for arm in arms)]
+    for case in cases:
+        rates = case["rows_per_second"]
+        name = f"{case['side_px']} px, {case['encoder']}"
+        lines.append(f"{name:28}" + "".join(f"{rates[arm]:>12.1f}" for arm in arms))
+    ratios = {k: v for k, v in result.items() if "_over_" in k or k == "first_row_s"}
+    return "\n".join([*lines, *(f"{name}: {value}" for name, value in ratios.items())])
+
+
+if __name__ == "__main__":
+    main()

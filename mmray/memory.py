@@ -1,0 +1,26 @@
+"""How this process holds its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+
+#: Of mallopt(3): the options' numbers.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 1 << 30
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Have the C library keep what this process frees, up to a GiB, rather than return it.
+
+    A layer's output of some megabytes is otherwise new pages from the kernel in every batch, which
+    costs a small network on a CPU as much time as its arithmetic. Without glibc it does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    library = ctypes.CDLL(None)
+    if hasattr(library, "mallopt") and hasattr(library, "gnu_get_libc_version"):
+        library.mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
