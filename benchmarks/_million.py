@@ -76,6 +76,11 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     store: Store
 
+    def handle_expect_100(self) -> bool:
+        super().handle_expect_100()
+        self.wfile.flush()  # else the client waits a second for it
+        return True
+
     def log_message(self, *_: object) -> None: ...
 
     def answer(self, code: int, body: bytes = b"", **headers: str) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,7 @@ from mmray.memory import keep_freed_memory
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
+FORGET_AFTER = 100  # blocks
 READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
 
 #: One chunk (``samples`` set), the end of a shard (``total`` set) or a failed read (``failure``).
@@ -90,13 +91,25 @@ def chunks_dataset(
 def running(dataset: ray.data.Dataset) -> Iterator[Iterator[pa.Table]]:
     """The dataset's blocks as they come; leaving ends its tasks and actors, however far it came."""
     try:
-        yield iter(
-            dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        yield _forgetting(
+            dataset,
+            dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0),
         )
     finally:
         if dataset._current_executor is not None:
             dataset._current_executor.shutdown(force=True)
         gc.collect()  # a pool's actors hold their CPUs until the last handle is gone
+
+
+def _forgetting(dataset: ray.data.Dataset, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """``batches``. Ray Data keeps figures of every block for a report of its own, a kilobyte each:
+    over a long run's millions they are dropped."""
+    for number, batch in enumerate(batches, 1):
+        yield batch
+        executor = dataset._current_executor
+        if number % FORGET_AFTER == 0 and executor is not None:
+            for operator in getattr(executor, "_topology", None) or ():
+                getattr(operator, "_output_blocks_stats", []).clear()
 
 
 def chunks_of(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[rows.Sample] | None]]:
