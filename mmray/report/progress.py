@@ -141,7 +141,8 @@ class Meter:
         left = self.total_bytes - self.done_bytes
         speed = self._per_second(fresh, self._first[1])
         eta = duration(left / speed) if speed else "?"
-        estimate = f"~{round(self.rows * (left + fresh) / fresh):,}" if self.rows and fresh > 0 else "?"
+        known = self.rows and fresh > 0
+        estimate = f"~{round(self.rows * (left + fresh) / fresh):,}" if known else "?"
         return (
             f"{share:4.0%}  rows {self.rows:,} of {estimate}  "
             f"shards {self.done_shards:,}/{self.total_shards:,}  {self.rate:,.0f} rows/s  "
