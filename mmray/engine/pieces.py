@@ -63,11 +63,6 @@ class Plan:
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    @property
-    def bytes(self) -> int:
-        """Of all shards that have a piece."""
-        return int(self._table.column("size").to_numpy().sum())
-
     def strips(self, readers: int) -> list[Strip]:
         """The pieces dealt, largest shard first, into strips: several a reader, and small ones, as
         a reader that dies reads its strip again from the beginning."""

@@ -1,0 +1,33 @@
+"""A user would see other scores after a restart if a shard were cut into other chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mmray.archive import rows
+from mmray.archive.rows import Sample, ShardEnd
+
+
+def stream(start: int, stop: int, image: bytes = b"x") -> Iterator[Sample | ShardEnd]:
+    yield from (Sample("s", row, str(row), image) for row in range(start, stop))
+    yield ShardEnd("s", stop)
+
+
+def cuts(start: int, stop: int, max_rows: int = 256, image: bytes = b"x") -> list[tuple[int, int]]:
+    found = rows.chunks(stream(start, stop, image), max_rows, 1000)
+    return [(c[0].row, c[-1].row + 1) for c in found if isinstance(c, list)]
+
+
+def test_the_first_chunk_is_small_so_that_something_is_done_soon() -> None:
+    assert cuts(0, 600) == [(0, 32), (32, 288), (288, 544), (544, 600)]
+    assert cuts(0, 10) == [(0, 10)]
+    assert cuts(0, 20, max_rows=8) == [(0, 8), (8, 16), (16, 20)]
+
+
+def test_where_a_chunk_starts_fixes_where_it_ends() -> None:
+    assert cuts(32, 600) == cuts(0, 600)[1:]
+    assert cuts(288, 600) == cuts(0, 600)[2:]
+
+
+def test_large_pictures_close_a_chunk_early() -> None:
+    assert cuts(0, 7, image=bytes(400)) == [(0, 3), (3, 6), (6, 7)]
