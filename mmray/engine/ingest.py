@@ -25,6 +25,7 @@ from ray.data.datasource import Datasource, ReadTask
 from mmray.archive import rows
 from mmray.archive.shards import read_shard
 from mmray.config import Columns
+from mmray.engine import readahead
 from mmray.engine.pieces import Piece, Plan, Strip
 from mmray.errors import StorageError
 from mmray.memory import keep_freed_memory
@@ -84,6 +85,7 @@ def chunks_dataset(
         concurrency=min(readers, len(strips)),
     )
     dataset.context.target_max_block_size = 1  # every chunk leaves as soon as it is read
+    readahead.bound(dataset, readers)
     return dataset
 
 
