@@ -132,7 +132,6 @@ class _Job:
         self._losses = Losses()
         self._commits: list[Any] = []
         self._committers: list[Any] = []
-        self._cpus = 0
 
     def _with_parts(self, parts: dict[str, list[ledger.Interval]]) -> dict[int, _Shard]:
         """The shards to do that an earlier command scored in part."""
@@ -151,7 +150,9 @@ class _Job:
             f"with {self._run.fingerprint[:12]} into {self._out}"
         )
         resources = cluster.connect()
-        self._cpus = resources.cpus
+        # Before the first shard ends, or commits would queue up behind their start.
+        count = 1 + resources.cpus // CPUS_A_COMMITTER
+        self._committers = [start_committer(self._out, self._run) for _ in range(count)]
         plan, stalled, witness = Plan(self._pieces()), 0, None
         while plan:
             before = self._remaining()
@@ -290,7 +291,6 @@ class _Job:
             shard.total, shard.problem = receipt["total"], receipt["problem"]
         else:
             self._count(shard, receipt)
-        self._start_committers()
         self._commit_if_covered(index, shard)
 
     def _count(self, shard: _Shard, receipt: dict[str, Any]) -> None:
@@ -310,12 +310,6 @@ class _Job:
             )
 
     # --- commits -------------------------------------------------------------------------------
-
-    def _start_committers(self) -> None:
-        """With the first receipt: earlier they would take their start from the scoring actors."""
-        if not self._committers:
-            count = 1 + self._cpus // CPUS_A_COMMITTER
-            self._committers = [start_committer(self._out, self._run) for _ in range(count)]
 
     def _commit_if_covered(self, index: int, shard: _Shard) -> None:
         if shard.total is None or not self._todo[index] or shard.missing():
