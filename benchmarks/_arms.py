@@ -26,6 +26,7 @@ import numpy as np
 
 BEGAN = time.time()
 CORES = os.cpu_count() or 1
+WORKERS = int(os.environ.get("BENCH_WORKERS", CORES))
 BATCH = 32
 STEADY = 0.25, 0.95  # the share of rows between which a rate counts: start and tail left out
 
@@ -114,8 +115,10 @@ Worker = Callable[[str, list[str], str], list[tuple[float, int]]]
 
 def _processes(worker: Worker, bundle: str, archive: str, out: str) -> dict[str, float]:
     shards = sorted(Path(archive).glob("*.tar"))
-    with multiprocessing.get_context("spawn").Pool(CORES) as pool:
-        jobs = [(bundle, [str(s) for s in shards[i::CORES]], f"{out}-{i}") for i in range(CORES)]
+    with multiprocessing.get_context("spawn").Pool(WORKERS) as pool:
+        jobs = [
+            (bundle, [str(s) for s in shards[i::WORKERS]], f"{out}-{i}") for i in range(WORKERS)
+        ]
         parts = pool.starmap(worker, jobs)
     return finished([time for part in parts for time in part])
 
@@ -187,7 +190,7 @@ def mmray(bundle: str, archive: str, out: str) -> dict[str, float]:
 
     Meter.take = timed  # type: ignore[method-assign]
     embeddings = ["--embeddings"] if out.endswith("+") else []
-    code = cli.run(["score", bundle, archive, "--out", out, *embeddings])
+    code = cli.run(["score", bundle, archive, "--out", out, "--actors", str(WORKERS), *embeddings])
     assert code == 0, f"mmray ended with {code}"
     return finished(times)
 
@@ -230,7 +233,7 @@ def ray_docs(bundle: str, archive: str, out: str) -> dict[str, float]:
             _RayModel,
             fn_constructor_args=(bundle,),
             batch_size=BATCH,
-            compute=ray.data.ActorPoolStrategy(size=max(1, CORES // 2)),
+            compute=ray.data.ActorPoolStrategy(size=max(1, WORKERS // 2)),
         )
         .write_parquet(out)
     )
@@ -243,7 +246,7 @@ def dataloader(bundle: str, archive: str, out: str) -> dict[str, float]:
     import torch
     import webdataset
 
-    model = Model(bundle, threads=CORES)
+    model = Model(bundle, threads=WORKERS)
     size = model.size
     paths = sorted(str(path) for path in Path(archive).glob("*.tar"))
 
@@ -252,7 +255,7 @@ def dataloader(bundle: str, archive: str, out: str) -> dict[str, float]:
 
     pairs = webdataset.WebDataset(paths, shardshuffle=False).to_tuple("jpg", "txt").map(prepare)
     loader = torch.utils.data.DataLoader(
-        pairs, batch_size=BATCH, num_workers=CORES, collate_fn=_stack
+        pairs, batch_size=BATCH, num_workers=WORKERS, collate_fn=_stack
     )
     times, kept = [], []
     for pixels, captions in loader:
@@ -273,7 +276,7 @@ def daft(bundle: str, archive: str, out: str) -> dict[str, float]:
 
     returned = DataType.struct({"p": DataType.list(DataType.float32()), "at": DataType.float64()})
 
-    @library.cls(max_concurrency=CORES, use_process=True)
+    @library.cls(max_concurrency=WORKERS, use_process=True)
     class Score:
         def __init__(self) -> None:
             self.model = Model(bundle, threads=1)

@@ -132,16 +132,16 @@ def _local_etag(result: os.stat_result) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def open_read(uri: str, etag: str | None = None) -> io.BufferedReader:
-    """A seekable binary stream of one object.
+def open_read(uri: str, etag: str | None = None, buffer: int = BUFFER_BYTES) -> io.BufferedReader:
+    """A seekable binary stream of one object that reads ``buffer`` bytes at least.
 
     On S3 it reads in ranges: a dropped or short body is asked for again *from the byte where it
     stopped*. With ``etag``, an object that has changed since raises Conflict. Raises NotFound.
     """
     if is_s3(uri):
-        return io.BufferedReader(s3.Stream(uri, etag), BUFFER_BYTES)
+        return io.BufferedReader(s3.Stream(uri, etag), buffer)
     with Translated(uri):
-        handle: io.BufferedReader = io.BufferedReader(_LocalStream(uri), BUFFER_BYTES)
+        handle: io.BufferedReader = io.BufferedReader(_LocalStream(uri), buffer)
     if etag is not None and _local_etag(os.fstat(handle.fileno())) != etag:
         handle.close()
         raise Conflict(f"{uri}: changed since it was listed; list the archive again")

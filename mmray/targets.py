@@ -15,6 +15,9 @@ import pyarrow.compute as pc
 from mmray.archive.shards import Shard, kind_of
 
 BATCH = 16_384
+OUTSIZED = 4  # times the usual size
+PART_BYTES = 16 << 20  # smaller shards are usual, too
+MOST_OUTSIZED, MOST_PARTS = 8, 64
 T = TypeVar("T")
 
 SCHEMA = pa.schema(
@@ -85,6 +88,18 @@ class Targets(Sequence[Target]):
     def size(self) -> int:
         """Bytes of all shards."""
         return pc.sum(self.table.column("size")).as_py() or 0
+
+    def outsized(self) -> dict[int, int]:
+        """The places of the few shards so large beside the others that readers should share them,
+        and into how many parts of about the usual size each may be cut."""
+        sizes = self.table.column("size").to_numpy()
+        usual = max(float(sizes.mean()), PART_BYTES) if len(sizes) else PART_BYTES
+        largest = np.argsort(-sizes, kind="stable")[:MOST_OUTSIZED].tolist()
+        return {
+            at: min(MOST_PARTS, int(sizes[at] / usual))
+            for at in largest
+            if sizes[at] > OUTSIZED * usual
+        }
 
     def take(self, which: npt.NDArray[np.int64] | npt.NDArray[np.bool_]) -> Targets:
         """Those at these places, or those where a mask is true."""

@@ -20,10 +20,11 @@ import tiny
 from ray import cloudpickle
 
 from mmray import bundle as bundles
-from mmray import ledger, storage
+from mmray import ledger, storage, targets
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
 from mmray.engine import score as engine
+from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scorer import Scorer
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.predict import Predictor
@@ -125,6 +126,32 @@ class TestOneRun:
         other = tiny.bundle(str(tmp_path / "other"), seed=1)
         with pytest.raises(ConfigError, match="bundle fingerprint"):
             run(other, archive, tmp_path)
+
+    @pytest.mark.parametrize("kind", ["tar", "parquet"])
+    def test_readers_share_a_shard_far_larger_than_the_others(
+        self, bundle: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        root = tiny.write_archive(tmp_path / "archive", [2, 160, 2, 2, 2, 2, 2, 2])
+        large = root / "00001.tar"
+        if kind == "parquet":
+            found = [
+                s
+                for s in read_shard(str(root), next(list_shards(str(large))))
+                if isinstance(s, Sample)
+            ]
+            columns = {"image": [s.image for s in found], "caption": [s.caption for s in found]}
+            pq.write_table(pa.table(columns), large.with_suffix(".parquet"), row_group_size=15)
+            large.unlink()
+        monkeypatch.setattr(targets, "PART_BYTES", 1000)
+        read: list[Piece] = []
+        monkeypatch.setattr(
+            engine, "Plan", lambda pieces: Plan(read.append(p) or p for p in pieces)
+        )
+        run(bundle, root, tmp_path / "out")
+        assert content(tmp_path / "out") == expected(bundle, root)
+        shares = [piece for piece in read if piece.shard.path.startswith(large.stem)]
+        assert len(shares) >= 3 and sum(piece.whole for piece in shares) == 1
+        assert verify(str(tmp_path / "out")).ok
 
     def test_parts_of_an_earlier_command_are_not_scored_again(
         self, bundle: str, archive: Path, tmp_path: Path

@@ -33,25 +33,30 @@ FOREIGN = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file in a tar; ``offset`` is its header's byte in the (unpacked) tar."""
+    """A regular file in a tar; its first header, extended ones included, is at byte ``begin`` of
+    the (unpacked) tar."""
 
     name: str
     size: int
-    offset: int
+    begin: int
     sparse: bool = False
 
 
 class Members:
     """Iterate over a tar's regular files; ``payload()`` gives the current one's bytes, once.
 
-    Afterwards ``problem`` says what is wrong with the tar, or is None, and ``cut`` whether the
-    last member given is incomplete. gzip is told by its first bytes, not by a file's name.
+    Afterwards ``problem`` says what is wrong with the tar, or is None, ``cut`` whether the last
+    member given is incomplete, and ``enterable`` whether it can be read from the middle: from a
+    member's ``begin``. gzip is told by its first bytes, not by a file's name.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, begin: int = 0) -> None:
         magic = stream.read(len(GZIP_MAGIC))
         stream.seek(0)
-        self._stream: _Plain | _Gunzip = _Gunzip(stream) if magic == GZIP_MAGIC else _Plain(stream)
+        self.enterable = magic != GZIP_MAGIC
+        self._stream: _Plain | _Gunzip = (
+            _Plain(stream, begin) if self.enterable else _Gunzip(stream)
+        )
         self._left = 0
         self.problem: str | None = None
         self.cut = False
@@ -77,8 +82,10 @@ class Members:
     def _walk(self) -> Iterator[Member]:
         shared: dict[str, str] = {}  # pax values for all later members
         own: dict[str, str] = {}  # for the next member
+        begin = None
         while True:
             at = self._stream.position
+            begin = at if begin is None else begin
             info, block = self._header(at)
             if info is None:
                 return
@@ -87,6 +94,7 @@ class Members:
                 continue
             if info.type == tarfile.XGLTYPE:
                 shared |= self._pax(info, at)
+                self.enterable = False  # what comes later depends on it
                 continue
             if info.type in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK):
                 text = self._extension(info, at).split(b"\0", 1)[0]
@@ -101,12 +109,13 @@ class Members:
                 self._pass_sparse_map(block)
             if info.isreg():
                 self._left = size
-                yield Member(values.get("GNU.sparse.name", name), size, at, sparse)
+                yield Member(values.get("GNU.sparse.name", name), size, begin, sparse)
                 self._finish(name, size)
             elif info.type not in tarfile.SUPPORTED_TYPES:  # links and such have no data
                 self._left = size
                 self._finish(name, size)
                 self.cut = False
+            begin = None
 
     def _header(self, at: int) -> tuple[tarfile.TarInfo | None, bytes]:
         """The header at this byte, or None at the archive's end; raises _EndedError when there is
@@ -201,10 +210,10 @@ class _Plain:
 
     fault = None
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: BinaryIO, begin: int) -> None:
         self._stream = stream
         self._size = stream.seek(0, 2)
-        self.position = stream.seek(0)
+        self.position = stream.seek(begin)
 
     def read(self, count: int) -> bytes:
         # Asked for no more than there is: a damaged size must not allocate what it claims.

@@ -80,15 +80,17 @@ def read_shard(
     start: int = 0,
     stop: int | None = None,
     skip: Callable[[int], bool] | None = None,
+    byte: int = 0,
     max_image_bytes: int = MAX_IMAGE_BYTES,
 ) -> Iterator[Sample | ShardEnd]:
     """Every sample of a shard in order, then one ShardEnd with how many there were.
 
     ``start`` <= row < ``stop`` come out, without those for which ``skip(row)`` is true; the end
-    counts them all, up to ``stop``. ``fields`` names further columns (``want.ALL_FIELDS``: all);
-    those that are not there are left out. ``images=False`` leaves out the pictures: ``b""`` stands
-    for one that is there. Whatever is wrong with the shard's content comes as ``Sample.error`` or
-    ``ShardEnd.problem``; only StorageError is raised.
+    counts all rows up to ``stop``. ``byte`` is where ``start`` begins, see ``cuts``. ``fields``
+    names further columns (``want.ALL_FIELDS``: all); those that are not there are left out.
+    ``images=False`` leaves out the pictures: ``b""`` stands for one that is there. Whatever is
+    wrong with the shard's content comes as ``Sample.error`` or ``ShardEnd.problem``; only
+    StorageError is raised.
     """
     want = Want(
         fields=fields,
@@ -96,9 +98,10 @@ def read_shard(
         start=start,
         stop=stop,
         skip=skip,
+        byte=byte,
         max_image_bytes=max_image_bytes,
     )
-    with storage.open_read(_uri(root, shard), etag=shard.etag) as stream:
+    with storage.open_read(uri_of(root, shard), etag=shard.etag) as stream:
         if shard.kind == "tar":
             yield from read_tar(stream, shard.path, want, columns.caption)
         else:
@@ -122,7 +125,7 @@ def check_columns(
     """
     if shard.kind == "tar":
         return
-    with storage.open_read(_uri(root, shard), etag=shard.etag) as stream:
+    with storage.open_read(uri_of(root, shard), etag=shard.etag) as stream:
         try:
             schema = pq.ParquetFile(stream).schema_arrow
         except UNREADABLE:
@@ -133,7 +136,8 @@ def check_columns(
             raise ConfigError(f"{shard.path}: {none_found(schema, what)}")
 
 
-def _uri(root: str, shard: Shard) -> str:
+def uri_of(root: str, shard: Shard) -> str:
+    """Where a shard of the archive at ``root`` is."""
     same_name = root.rstrip("/").rpartition("/")[2] == shard.path
     return root if same_name and _is_single(root) else storage.join(root, shard.path)
 

@@ -44,10 +44,10 @@ def read_tar(
     ``caption_field`` names a field of ``.json`` to be the caption rather than ``.txt``, where it
     is there.
     """
-    members = Members(stream)
+    members = Members(stream, want.byte)
     ended: set[str] = set()
     group: _Group | None = None
-    rows = 0
+    rows = want.start if want.byte else 0
     inside = False  # whether the last member belongs to the open group
     for member in members:
         name = split_name(member.name)

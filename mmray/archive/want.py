@@ -19,7 +19,8 @@ class Want:
 
     ``fields`` names the further columns to give; ``ALL_FIELDS`` gives them all. Without
     ``images``, an image that is there is given as ``b""``. Images of more than
-    ``max_image_bytes`` encoded bytes are set aside unread.
+    ``max_image_bytes`` encoded bytes are set aside unread. ``byte``, if known, is where in a tar
+    the row ``start`` begins; else what precedes it is passed over.
     """
 
     fields: Sequence[str] = ()
@@ -28,6 +29,7 @@ class Want:
     stop: int | None = None
     skip: Callable[[int], bool] | None = None
     max_image_bytes: int = MAX_IMAGE_BYTES
+    byte: int = 0
 
     def row(self, row: int) -> bool:
         """Whether this row is to come out; asked once a row, in order."""

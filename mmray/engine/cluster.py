@@ -41,6 +41,7 @@ UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_inter
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where a submitted job finds its runtime environment
 AUTOSCALER = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves what the cluster may grow to
 PROBE_SECONDS = 5
+IN_FLIGHT = 4  # chunks at each actor: with Ray's 2, the end of a shard leaves it waiting
 ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine can pass
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class Pool:
     most: int
     gpu: bool
 
-    def strategy(self, *, pieces: int, in_flight: int | None = None) -> ActorPoolStrategy:
+    def strategy(self, *, pieces: int, in_flight: int = IN_FLIGHT) -> ActorPoolStrategy:
         """For ``pieces`` of work: no more actors than that; ``in_flight`` chunks at each."""
         return ActorPoolStrategy(
             min_size=min(self.least, pieces),

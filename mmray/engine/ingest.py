@@ -183,6 +183,7 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
         start=piece.start,
         stop=piece.stop,
         skip=piece.skips if piece.covered else None,
+        byte=piece.byte,
     )
     began = time.perf_counter()
     chunk_rows = piece.chunk_rows or options.chunk_rows

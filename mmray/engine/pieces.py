@@ -6,14 +6,15 @@ Held as columns, so that a plan of a million shards stays within some tens of me
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
 
+from mmray.archive.cuts import Cut, find_cuts
 from mmray.archive.shards import Shard, kind_of
-from mmray.targets import BATCH, batched
+from mmray.targets import BATCH, Targets, batched
 
 STRIP_PIECES = 64
 
@@ -28,6 +29,7 @@ _SCHEMA = pa.schema(
         ("covered", pa.list_(pa.int64())),
         ("whole", pa.bool_()),
         ("chunk_rows", pa.int64()),
+        ("byte", pa.int64()),
     ]
 )
 
@@ -38,7 +40,7 @@ class Piece:
 
     ``index`` is the caller's number for the shard; every chunk of it carries it. A ``whole`` piece
     reports the shard's total when it ends; a part of one does not know it. ``chunk_rows`` is for
-    this piece alone; None: as all others.
+    this piece alone; None: as all others. ``byte`` is where ``start`` begins, 0 if not known.
     """
 
     shard: Shard
@@ -48,9 +50,20 @@ class Piece:
     covered: tuple[tuple[int, int], ...] = ()
     whole: bool = True
     chunk_rows: int | None = None
+    byte: int = 0
 
     def skips(self, row: int) -> bool:
         return any(start <= row < stop for start, stop in self.covered)
+
+    def cut(self, cuts: Sequence[Cut]) -> Iterator[Piece]:
+        """A whole piece as several; the last tells the total. What is covered is left out."""
+        begins = [Cut(self.start, self.byte), *cuts]
+        for begin, end in zip(begins, [*cuts, None], strict=True):
+            part = replace(self, start=begin.row, byte=begin.byte)
+            if end is None:
+                yield part
+            elif not any(a <= begin.row and end.row <= b for a, b in self.covered):
+                yield replace(part, stop=end.row, whole=False)
 
 
 class Plan:
@@ -69,6 +82,18 @@ class Plan:
         count = max(math.ceil(len(self) / STRIP_PIECES), min(len(self), readers * 8))
         largest_first = np.argsort(-self._table.column("size").to_numpy(), kind="stable")
         return [Strip(self._table.take(largest_first[first::count])) for first in range(count)]
+
+
+def shared(
+    pieces: Iterable[Piece], root: str, targets: Targets, chunk_rows: int
+) -> Iterator[Piece]:
+    """``pieces`` of the archive at ``root``; those of shards far larger than others in parts."""
+    outsized = targets.outsized()
+    for piece in pieces:
+        if piece.index in outsized and piece.stop is None:
+            yield from piece.cut(find_cuts(root, piece.shard, outsized[piece.index], chunk_rows))
+        else:
+            yield piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +130,7 @@ def _columns(pieces: list[Piece]) -> pa.RecordBatch:
         [[row for interval in piece.covered for row in interval] for piece in pieces],
         [piece.whole for piece in pieces],
         [piece.chunk_rows for piece in pieces],
+        [piece.byte for piece in pieces],
     ]
     arrays = [pa.array(c, f.type) for c, f in zip(columns, _SCHEMA, strict=True)]
     return pa.record_batch(arrays, schema=_SCHEMA)

@@ -10,7 +10,7 @@ from ray.data._internal.execution.backpressure_policy import (
 )
 from ray.data._internal.execution.interfaces import PhysicalOperator
 
-CHUNKS_A_READER = 64  # with 8, scoring actors were seen to wait for chunks
+CHUNKS_A_READER = 16
 _KEY = "mmray.read_ahead"
 
 

@@ -28,7 +28,7 @@ from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
 from mmray.engine.ingest import ReadOptions, chunks_dataset, running
 from mmray.engine.losses import Losses, call_witness
-from mmray.engine.pieces import Piece, Plan
+from mmray.engine.pieces import Piece, Plan, shared
 from mmray.engine.scorer import Scorer, start_committer
 from mmray.errors import MmrayError, RunError
 from mmray.report.progress import Console, Meter, duration
@@ -153,7 +153,7 @@ class _Job:
         # Before the first shard ends, or commits would queue up behind their start.
         count = 1 + resources.cpus // CPUS_A_COMMITTER
         self._committers = [start_committer(self._out, self._run) for _ in range(count)]
-        plan, stalled, witness = Plan(self._pieces()), 0, None
+        plan, stalled, witness = self._plan(), 0, None
         while plan:
             before = self._remaining()
             self._one_pass(plan, resources, witness)
@@ -196,6 +196,10 @@ class _Job:
             held = self._live.get(index)
             covered = tuple(ledger.joined(held.covered)) if held else ()
             yield Piece(target.shard, index, 0, target.stop, covered)
+
+    def _plan(self) -> Plan:
+        run = self._run
+        return Plan(shared(self._pieces(), run.archive, run.targets, run.chunk_rows))
 
     def _pieces_again(self) -> Iterator[Piece]:
         """What the last pass left: lost rows, and whole shards whose reader died."""
@@ -273,7 +277,7 @@ class _Job:
                 1,
                 witness,
             ),
-            compute=pool.strategy(pieces=len(plan), in_flight=None if witness is None else 1),
+            compute=pool.strategy(pieces=len(plan), in_flight=1 if witness else cluster.IN_FLIGHT),
             num_cpus=SCORER_CPUS,
             num_gpus=1 if pool.gpu else None,
             ray_remote_args_fn=_restart_without_retry,
