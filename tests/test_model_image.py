@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -105,3 +108,17 @@ def test_a_wrong_encoder_is_refused_with_what_would_do(
         image.check(ImageModel.model_validate(config), size)
     for word in words:
         assert word in str(error.value)
+
+
+def test_building_a_network_does_not_import_the_compiler_but_using_it_does() -> None:
+    script = """
+import sys
+import mmray.model.image as image
+from mmray.config import ImageModel
+image.build(ImageModel(encoder="resnet18"), image_size=64)
+assert not any(name.startswith("torch._dynamo") for name in sys.modules)
+user = sys.modules["torchvision.ops.roi_align"]
+assert user.is_compile_supported("cpu") in (True, False)
+assert "torch._dynamo" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmray.config import ImageModel
 from mmray.errors import ConfigError
-from mmray.model import weights
+from mmray.model import weights, zoo
 from mmray.model.features import Encoder, Features
 
 SMALL_CNN = "small_cnn"
@@ -163,8 +163,7 @@ class Torchvision(ImageEncoder):
 
 
 def _network(name: str, width: float, image_size: int) -> nn.Module:
-    from torchvision import models
-
+    models = zoo.models()
     net: nn.Module
     if name.startswith("mobilenet"):
         net = models.get_model(name, weights=None, width_mult=width)
@@ -189,8 +188,7 @@ def _family(name: str) -> Family:
 
 def encoders() -> list[str]:
     """Every name ``model.image.encoder`` may have."""
-    from torchvision import models  # two seconds, which a worker without it need not wait
-
+    models = zoo.models()
     names = models.list_models(module=models)
     return [SMALL_CNN, *(name for name in names if name.startswith(tuple(FAMILIES)))]
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmray.config import ImageModel
 from mmray.errors import ConfigError
+from mmray.model import zoo
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 KEY = "model.image.weights"
@@ -132,11 +133,9 @@ def _check_enum(cfg: ImageModel) -> None:
 
 def _enum(cfg: ImageModel) -> Any:
     """The torchvision weight entry ``cfg.weights`` names, with or without its class name."""
-    from torchvision import models
-
     assert cfg.weights is not None
     try:
-        entries = models.get_model_weights(cfg.encoder)
+        entries = zoo.models().get_model_weights(cfg.encoder)
     except ValueError:
         entries = None
     if entries is None:
