@@ -39,10 +39,12 @@ SLOW = ("ray_docs", "dataloader", "daft")
 SHARDS = 16
 
 
-def run(arm: str, bundle: Path, archive: Path, workers: int) -> dict[str, float]:
+def run(arm: str, bundle: Path, archive: Path, workers: int | None) -> dict[str, float]:
     """One arm in its own process; what it says of itself."""
     script = Path(__file__).with_name("_arms.py")
-    environment = {**os.environ, "RAY_ADDRESS": "local", "BENCH_WORKERS": str(workers)}
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    if workers is not None:
+        environment["BENCH_WORKERS"] = str(workers)
     done = subprocess.run(
         [sys.executable, script, arm, bundle, archive],
         env=environment, capture_output=True, text=True, timeout=1800,
@@ -60,8 +62,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="which, by comma")
     parser.add_argument("--sides", default="512,1500", help="px, by comma")
     parser.add_argument("--encoders", default=",".join(ENCODERS), help="by comma")
-    cores = os.cpu_count() or 1
-    parser.add_argument("--workers", type=int, default=cores, help="scoring processes of each arm")
+    parser.add_argument("--workers", type=int, help="scoring processes of each arm (one a core)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     arms = [arm for arm in args.arms.split(",") if arm != "daft" or _there("daft")]
@@ -76,8 +77,8 @@ def main() -> None:
                 cases.append(_case(side, encoder, bundle, archives, arms, args))
     result = {
         "benchmark": "score_throughput",
-        "cores": cores,
-        "workers": args.workers,
+        "cores": os.cpu_count(),
+        "workers": args.workers or os.cpu_count(),
         "cases": cases,
         **_worst(cases),
     }

@@ -215,7 +215,12 @@ def evaluate(
     help="Stop (exit 1, resumable) when more rows than this are set aside: 0.001 or 0.1%.",
 )
 @click.option("--embeddings", is_flag=True, help="Also write float16 embeddings.")
-@click.option("--actors", type=click.IntRange(1), help="Scoring actors. [one a GPU, or a CPU]")
+@click.option("--actors", type=click.IntRange(1), help="Scoring actors. [two a GPU, or one a CPU]")
+@click.option(
+    "--decoders",
+    type=click.IntRange(0),
+    help="Processes that decode beside them; 0: they decode. [beside GPUs, every CPU left; else 0]",
+)
 @_columns
 @as_json
 @endpoint
@@ -228,6 +233,7 @@ def score(
     max_errors: str | None,
     embeddings: bool,
     actors: int | None,
+    decoders: int | None,
     image_column: str | None,
     caption_column: str | None,
     to_json: bool,
@@ -245,6 +251,7 @@ def score(
         max_errors=_share(max_errors),
         embeddings=embeddings,
         actors=actors,
+        decoders=decoders,
         columns=Columns(image=image_column, caption=caption_column),
     )
     summary = engine.score(bundle, archive, out, options, Console())

@@ -55,6 +55,12 @@ class BadRow(MmrayError):
         self.reason = reason
         self.detail = detail
 
+    @classmethod
+    def surprise(cls, stage: str, error: Exception) -> BadRow:
+        """For an error that nobody foresaw: one row's must not cost its chunk."""
+        what = " ".join(str(error).split())[:300]
+        return cls(stage, "unexpected error", f"{type(error).__name__}: {what}")
+
     def __reduce__(self) -> tuple[type[BadRow], tuple[str, str, str]]:
         return (BadRow, (self.stage, self.reason, self.detail))
 

@@ -6,7 +6,7 @@ Shapes: B rows of a batch, N rows of a call, C classes, D width of the embedding
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
 from mmray.learn import autocast, collate, resolve_precision
 from mmray.memory import keep_freed_memory
 from mmray.model.speed import for_inference
-from mmray.preprocess import Prepared
+from mmray.preprocess import Prepared, fault
 
 CPU_BATCH, GPU_BATCH = 16, 256  # rows; on a CPU, larger batches leave its caches
 
@@ -51,8 +51,8 @@ class Predictor:
     """A bundle's model, ready to score on one device.
 
     The same samples in one call give the same scores whatever was scored before: batches are cut
-    by position, and nothing is learned from earlier ones. Not for use from several threads at once,
-    except ``prepare``.
+    by position, and nothing is learned from earlier ones but how many rows memory holds. Not
+    for use from several threads at once, except ``prepare``.
     """
 
     def __init__(
@@ -65,7 +65,8 @@ class Predictor:
         threads: int | None = None,
     ) -> None:
         """``device``: auto, cpu, cuda or cuda:N. ``batch_size``: rows a forward pass; None: what
-        suits the device. ``threads``: of torch, in the whole process; None: as they are.
+        suits the device, and its memory. ``threads``: of torch, in the whole process; None: as
+        they are.
 
         Raises ConfigError for a device that is not there, BundleError for weights that do not fit.
         """
@@ -84,49 +85,47 @@ class Predictor:
         if self.device.type == "cpu":
             keep_freed_memory()
         self._blank = _blank(bundle)
+        if self.device.type == "cuda":
+            self._batch([self._blank] * self.batch_size)  # finds what fits, before the first row
 
     # --- one step at a time ------------------------------------------------------------------
 
     def prepare(self, sample: Sample) -> Prepared:
         """The sample's pixels and token ids, on the CPU. Raises BadRow, and nothing else, for a
         sample that cannot be used."""
-        try:
-            return self._preprocessor.prepare(sample)
-        except (BadRow, MemoryError):  # short memory is the machine's state, not the row's
-            raise
-        except Exception as error:  # one row's surprise must not cost its chunk
-            stage = "image" if self._preprocessor.tokenizer is None else "caption"
-            raise _surprise(stage, error) from error
+        return self._preprocessor.prepare(sample)
 
     def forward(self, prepared: Sequence[Prepared]) -> Outputs:
         """Score prepared rows in batches. An error is that of the model or the device and raises;
         out of memory, a batch is run again in halves."""
-        starts = range(0, len(prepared), self.batch_size)
-        return self._joined([self._batch(prepared[i : i + self.batch_size]) for i in starts])
+        return self._joined([self._batch(batch) for _, batch in self._batches(prepared)])
 
     # --- whole chunks ------------------------------------------------------------------------
 
-    def score(self, samples: Sequence[Sample], *, embeddings: bool = False) -> Scored:
+    def score(
+        self,
+        samples: Sequence[Sample],
+        prepared: Sequence[Prepared | None] | None = None,
+        *,
+        embeddings: bool = False,
+    ) -> Scored:
         """Every sample once, in order, with its scores or the reason why not.
 
+        ``prepared`` is what ``Preprocessor.prepare_all`` gave for these samples, if it was called.
         Raises RunError when the model or its device fails on any input, or lacks the memory for
         one row: that is no row's fault.
         """
         began = time.perf_counter()
-        errors: dict[int, BadRow] = {}
-        ready: list[Prepared] = []
-        at: list[int] = []
-        for i, sample in enumerate(samples):
-            try:
-                ready.append(self.prepare(sample))
-                at.append(i)
-            except BadRow as error:
-                errors[i] = error
-        prepared = time.perf_counter()
+        if prepared is None:
+            samples, prepared = self._preprocessor.prepare_all(samples)
+        done = time.perf_counter()
+        at = [i for i, row in enumerate(prepared) if row is not None]
+        ready = [row for row in prepared if row is not None]
+        errors = {i: fault(samples[i]) for i, row in enumerate(prepared) if row is None}
         outputs, faults = self._forward_rows(ready)
         errors |= {at[i]: fault for i, fault in faults.items()}
         table = self._table(samples, at, outputs, errors, embeddings)
-        return Scored(table, prepared - began, time.perf_counter() - prepared)
+        return Scored(table, done - began, time.perf_counter() - done)
 
     def score_table(self, samples: Sequence[Sample], *, embeddings: bool = False) -> pa.Table:
         """The table of ``score``: ``rows.scores_schema(labels)``, a row a sample, in order."""
@@ -156,8 +155,17 @@ class Predictor:
             probabilities_BC = logits_BC.softmax(dim=1)
         return Outputs(probabilities_BC.cpu().numpy(), embedding_BD.cpu().numpy())
 
+    def _batches(self, prepared: Sequence[Prepared]) -> Iterator[tuple[int, Sequence[Prepared]]]:
+        """Where each batch starts, and the batch; the next ones are smaller where memory did not
+        suffice for one."""
+        start = 0
+        while start < len(prepared):
+            batch = prepared[start : start + self.batch_size]
+            yield start, batch
+            start += len(batch)
+
     def _batch(self, batch: Sequence[Prepared]) -> Outputs:
-        """One batch; in halves where memory does not suffice."""
+        """One batch; in halves where memory does not suffice, which is remembered."""
         try:
             return self._run(batch)
         except (RuntimeError, MemoryError) as error:
@@ -170,14 +178,14 @@ class Predictor:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         middle = len(batch) // 2
+        self.batch_size = min(self.batch_size, middle)
         return self._joined([self._batch(batch[:middle]), self._batch(batch[middle:])])
 
     def _forward_rows(self, prepared: Sequence[Prepared]) -> tuple[Outputs, dict[int, BadRow]]:
         """Outputs of all rows, and why some have none (theirs are then NaN), by position."""
         parts: list[Outputs] = []
         faults: dict[int, BadRow] = {}
-        for start in range(0, len(prepared), self.batch_size):
-            batch = prepared[start : start + self.batch_size]
+        for start, batch in self._batches(prepared):
             try:
                 parts.append(self._batch(batch))
             except MmrayError:
@@ -200,7 +208,7 @@ class Predictor:
             raise
         except Exception as error:  # noqa: BLE001  # torch raises what it likes
             self._check_works(error)
-            return _surprise("predict", error)
+            return BadRow.surprise("predict", error)
 
     def _check_works(self, error: Exception) -> None:
         """Raise RunError if a blank row fails too: then ``error`` says nothing about its row."""
@@ -306,10 +314,6 @@ def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(phrase in str(error) for phrase in _NO_MEMORY)
-
-
-def _surprise(stage: str, error: Exception) -> BadRow:
-    return BadRow(stage, "unexpected error", f"{type(error).__name__}: {_line(error)}")
 
 
 def _line(error: Exception) -> str:

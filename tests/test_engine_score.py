@@ -23,11 +23,14 @@ from mmray import bundle as bundles
 from mmray import ledger, storage, targets
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
+from mmray.engine import dataflow
 from mmray.engine import score as engine
+from mmray.engine.decoder import Decoder
 from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scorer import Scorer
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.predict import Predictor
+from mmray.preprocess import Prepared
 from mmray.report.progress import Console
 from mmray.verify import verify
 
@@ -216,6 +219,13 @@ class TestOneRun:
         run(bundle, archive, tmp_path / "shards")
         assert content(tmp_path / "shards") == whole and verify(str(tmp_path / "shards")).ok
 
+    def test_decoding_beside_the_scoring_actors_changes_no_byte(
+        self, bundle: str, archive: Path, tmp_path: Path
+    ) -> None:
+        summary = run(bundle, archive, tmp_path, actors=1, decoders=1)
+        assert content(tmp_path) == expected(bundle, archive)
+        assert verify(str(tmp_path)).ok and summary["set_aside"] == 7
+
     def test_embeddings_are_written_beside_the_scores(
         self, bundle: str, archive: Path, tmp_path: Path
     ) -> None:
@@ -239,15 +249,25 @@ class TestOneRun:
     def test_a_bundle_that_scores_otherwise_than_its_golden_pairs_is_refused(
         self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(engine, "Scorer", OffScorer)
+        monkeypatch.setattr(dataflow, "Scorer", OffScorer)
         with pytest.raises(MmrayError, match="golden"):
             run(bundle, archive, tmp_path)
 
+    @pytest.mark.parametrize("beside", [False, True])
     def test_a_row_that_kills_its_worker_is_set_aside_alone(
-        self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        bundle: str,
+        archive: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        beside: bool,
     ) -> None:
-        monkeypatch.setattr(engine, "Scorer", MortalScorer)
-        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2)
+        if beside:
+            monkeypatch.setattr(dataflow, "Decoder", MortalDecoder)
+        else:
+            monkeypatch.setattr(dataflow, "Scorer", MortalScorer)
+        workers = {"actors": 1, "decoders": 1} if beside else {}
+        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, **workers)
         rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
         assert [row["key"] for row in rows if row["error"]] == [KILLER]
         assert summary["reasons"] == {"worker died": 1}
@@ -260,10 +280,25 @@ KILLER = "00007"
 class MortalScorer(Scorer):
     """Dies like a decoder that crashes whenever it is given one certain row."""
 
-    def _score(self, samples: list[Sample]) -> dict[str, object]:
+    def _score(self, samples: list[Sample], prepared: None) -> dict[str, Any]:
         if any(sample.key == KILLER for sample in samples):
             os._exit(1)
-        return super()._score(samples)
+        return super()._score(samples, prepared)
+
+
+class MortalDecoder(Decoder):
+    """The same, beside the scoring actors."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        prepare = self._preprocessor.prepare
+
+        def mortal(sample: Sample) -> Prepared:
+            if sample.key == KILLER:
+                os._exit(1)
+            return prepare(sample)
+
+        self._preprocessor.prepare = mortal  # type: ignore[method-assign]
 
 
 class OffScorer(Scorer):

@@ -31,7 +31,7 @@ from mmray.config import (
 from mmray.errors import BadRow, BundleError, ConfigError, RunError
 from mmray.model import build_model, make_spec
 from mmray.predict import Predictor, golden_table
-from mmray.preprocess import Prepared, train_tokenizer
+from mmray.preprocess import train_tokenizer
 
 LABELS = ("autumn", "spring", "winter")
 PROBABILITIES = rows.probability_columns(LABELS)
@@ -303,14 +303,14 @@ class TestFaults:
     def test_a_surprise_while_preparing_is_that_rows(
         self, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        prepare = predictor._preprocessor.prepare
+        pixels = predictor._preprocessor._pixels
 
-        def surprise(sample: Sample) -> Prepared:
+        def surprise(sample: Sample) -> np.ndarray:
             if sample.row == 1:
                 raise KeyError("who expected this")
-            return prepare(sample)
+            return pixels(sample)
 
-        monkeypatch.setattr(predictor._preprocessor, "prepare", surprise)
+        monkeypatch.setattr(predictor._preprocessor, "_pixels", surprise)
         table = predictor.score_table([pair(0), pair(1), pair(2)])
         assert table[rows.ERROR].to_pylist() == [
             None,

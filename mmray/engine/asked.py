@@ -27,6 +27,7 @@ class ScoreOptions:
     embeddings: bool = False
     chunk_rows: int = CHUNK_ROWS
     actors: int | None = None  # scoring actors; None: one a GPU, else one a CPU
+    decoders: int | None = None  # processes that decode beside them; None: where there are GPUs
     columns: Columns = Columns()
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import ray
 import yaml
 from ray._private import services, worker  # what is used of them is not to be had in public
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
 from ray.exceptions import AuthenticationError
 
@@ -41,7 +41,6 @@ UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_inter
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where a submitted job finds its runtime environment
 AUTOSCALER = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves what the cluster may grow to
 PROBE_SECONDS = 5
-IN_FLIGHT = 4  # chunks at each actor: with Ray's 2, the end of a shard leaves it waiting
 ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine can pass
 
 log = logging.getLogger(__name__)
@@ -57,31 +56,6 @@ class Resources:
     object_store_bytes: int
     max_cpus: int
     max_gpus: int
-
-
-@dataclass(frozen=True, slots=True)
-class Pool:
-    """How many scoring actors there may be, and whether each has a GPU or a core of its own."""
-
-    least: int
-    most: int
-    gpu: bool
-
-    def strategy(self, *, pieces: int, in_flight: int = IN_FLIGHT) -> ActorPoolStrategy:
-        """For ``pieces`` of work: no more actors than that; ``in_flight`` chunks at each."""
-        return ActorPoolStrategy(
-            min_size=min(self.least, pieces),
-            max_size=min(self.most, pieces),
-            max_tasks_in_flight_per_actor=in_flight,
-        )
-
-
-def pool(have: Resources, asked: int | None = None) -> Pool:
-    """One actor a GPU where there are any, else one a CPU, as many as the cluster may grow to;
-    ``asked`` fixes the number."""
-    gpu = have.max_gpus > 0
-    now, most = (have.gpus, have.max_gpus) if gpu else (have.cpus, have.max_cpus)
-    return Pool(asked or max(1, now), asked or max(1, most), gpu)
 
 
 def connect(*, num_cpus: int | None = None, log_to_driver: bool = False) -> Resources:

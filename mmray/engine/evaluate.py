@@ -25,6 +25,7 @@ from mmray.engine import cluster
 from mmray.engine.choice import AUTO, Chosen, choose_rows, held_out
 from mmray.engine.ingest import ReadOptions, chunks_dataset
 from mmray.engine.pieces import Piece, Plan
+from mmray.engine.placement import place
 from mmray.engine.scan import (
     archive_shards,
     check_complete,
@@ -40,7 +41,6 @@ from mmray.metrics import Confusion
 from mmray.report.progress import duration
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.parquet"
-PREDICTOR_CPUS = 0.9  # the rest of each core is for the readers
 SAY_SECONDS = 10.0
 TRUE, SPLIT, CHOSEN = "true_label", "split", "chosen"
 
@@ -198,7 +198,7 @@ def _predict(
     """Every row of the archive once, in order of (shard, row), and what is wrong with shards."""
     data = manifest.training.data
     fields = tuple(name for name in dict.fromkeys((label, data.split)) if name is not None)
-    pool = cluster.pool(resources)
+    pool = place(resources, decoders=0).scorers
     dataset = chunks_dataset(
         archive,
         Plan(Piece(shard) for shard in shards),
@@ -215,8 +215,8 @@ def _predict(
         zero_copy_batch=True,
         fn_constructor_args=(bundle, manifest.fingerprint, label, data.split, wanted),
         compute=pool.strategy(pieces=len(shards)),
-        num_cpus=PREDICTOR_CPUS,
-        num_gpus=1 if pool.gpu else None,
+        num_cpus=pool.cpus,
+        num_gpus=pool.gpus,
     )
     empty = predictions_schema(manifest.labels).append(pa.field(CHOSEN, pa.bool_())).empty_table()
     tables, totals, problems = [empty], {}, {}

@@ -35,7 +35,8 @@ CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
 FORGET_AFTER = 100  # blocks
 READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
 
-#: One chunk (``samples`` set), the end of a shard (``total`` set) or a failed read (``failure``).
+#: One chunk (``samples`` set, of ``bytes`` in memory), the end of a shard (``total`` set) or a
+#: failed read (``failure``).
 CHUNKS_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -46,6 +47,7 @@ CHUNKS_SCHEMA = pa.schema(
         ("total", pa.int64()),
         ("problem", pa.string()),
         ("failure", pa.string()),
+        ("bytes", pa.int64()),
         ("read_s", pa.float64()),
     ]
 )
@@ -115,15 +117,14 @@ def _forgetting(dataset: ray.data.Dataset, batches: Iterable[pa.Table]) -> Itera
 
 
 def chunks_of(batch: pa.Table) -> Iterator[tuple[dict[str, Any], list[rows.Sample] | None]]:
-    """Every row of a batch of the dataset: its other values (and ``bytes``, in memory), and its
-    samples, None for what is no chunk."""
+    """Every row of a batch of the dataset: its other values, and its samples, None for what is no
+    chunk."""
     column = batch.column("samples")
     for record, chunk in zip(batch.drop_columns(["samples"]).to_pylist(), column, strict=True):
-        if not chunk.is_valid:
-            yield record | {"bytes": 0}, None
-            continue
-        samples = rows.from_table(pa.Table.from_struct_array(chunk.values))
-        yield record | {"bytes": chunk.values.nbytes}, samples
+        samples = None
+        if chunk.is_valid:
+            samples = rows.from_table(pa.Table.from_struct_array(chunk.values))
+        yield record, samples
 
 
 def samples_of(batch: pa.Table) -> Iterator[list[rows.Sample]]:
@@ -211,10 +212,16 @@ def _row(
     read_s: float = 0.0,
 ) -> pa.Table:
     begins, ends = start, start if stop is None else stop
-    values = [piece.shard.path, piece.index, begins, ends, None, total, problem, failure, read_s]
+    size = 0 if samples is None else samples.nbytes
+    where = [piece.shard.path, piece.index, begins, ends]
+    values = [*where, None, total, problem, failure, size, read_s]
     arrays = [pa.array([v], type=f.type) for v, f in zip(values, CHUNKS_SCHEMA, strict=True)]
     if samples is not None:
         at = CHUNKS_SCHEMA.get_field_index("samples")
-        (structs,) = samples.to_struct_array().chunks
-        arrays[at] = pa.LargeListArray.from_arrays([0, len(structs)], structs)
+        arrays[at] = one_list(*samples.to_struct_array().chunks)
     return pa.Table.from_arrays(arrays, schema=CHUNKS_SCHEMA)
+
+
+def one_list(values: pa.Array) -> pa.Array:
+    """All ``values`` as one value of a column."""
+    return pa.LargeListArray.from_arrays([0, len(values)], values)

@@ -7,7 +7,6 @@ files in OUT.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.util.annotations import RayDeprecationWarning
 
 from mmray import ledger, storage
 from mmray.archive import rows
@@ -26,10 +24,12 @@ from mmray.bundle import read_manifest
 from mmray.engine import cluster
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
-from mmray.engine.ingest import ReadOptions, chunks_dataset, running
+from mmray.engine.dataflow import scored
+from mmray.engine.ingest import ReadOptions, running
 from mmray.engine.losses import Losses, call_witness
 from mmray.engine.pieces import Piece, Plan, shared
-from mmray.engine.scorer import Scorer, start_committer
+from mmray.engine.placement import place
+from mmray.engine.scorer import start_committer
 from mmray.errors import MmrayError, RunError
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import write_summary
@@ -37,7 +37,6 @@ from mmray.targets import Target
 
 __all__ = ["ScoreOptions", "score"]
 
-SCORER_CPUS = 0.9  # the rest of each core is for the readers
 COMMITS_IN_FLIGHT = 64
 CPUS_A_COMMITTER = 64
 STALLED_PASSES = 3
@@ -99,11 +98,6 @@ def _results(tasks: Sequence[Any]) -> list[ledger.ShardRecord]:
         if isinstance(error.cause, MmrayError):
             raise error.cause from None
         raise
-
-
-def _restart_without_retry() -> dict[str, int]:
-    """A dead actor comes back, but what it held waits for the next pass: it may be the cause."""
-    return {"max_restarts": -1, "max_task_retries": 0}
 
 
 class _Job:
@@ -247,41 +241,14 @@ class _Job:
 
     def _one_pass(self, plan: Plan, resources: cluster.Resources, witness: Any) -> None:
         options = ReadOptions(columns=self._options.columns, chunk_rows=self._run.chunk_rows)
-        pool = cluster.pool(resources, self._options.actors)
-        with warnings.catch_warnings():
-            # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
-            warnings.simplefilter("ignore", RayDeprecationWarning)
-            dataset = self._dataset(plan, options, pool, witness)
-        dataset.context.max_errored_blocks = -1  # what a dead worker held is run again below
+        placement = place(resources, self._options.actors, self._options.decoders)
+        dataset = scored(self._run, self._out, plan, options, placement, witness)
         with running(dataset) as batches:
             for batch in batches:
                 for receipt in batch.to_pylist():
                     self._book(receipt)
                 self._finish_commits(COMMITS_IN_FLIGHT)
                 self._console.show(self.meter.line)
-
-    def _dataset(
-        self, plan: Plan, options: ReadOptions, pool: cluster.Pool, witness: Any
-    ) -> ray.data.Dataset:
-        chunks = chunks_dataset(self._run.archive, plan, options, readers=pool.most)
-        return chunks.map_batches(
-            Scorer,
-            batch_size=1,
-            batch_format="pyarrow",
-            zero_copy_batch=True,
-            fn_constructor_args=(
-                self._run.bundle,
-                self._run.fingerprint,
-                self._out,
-                self._run.embedding_dim is not None,
-                1,
-                witness,
-            ),
-            compute=pool.strategy(pieces=len(plan), in_flight=1 if witness else cluster.IN_FLIGHT),
-            num_cpus=SCORER_CPUS,
-            num_gpus=1 if pool.gpu else None,
-            ray_remote_args_fn=_restart_without_retry,
-        )
 
     def _book(self, receipt: dict[str, Any]) -> None:
         if receipt["failure"] is not None:

@@ -16,7 +16,9 @@ import ray
 from mmray import ledger
 from mmray.archive import rows
 from mmray.engine import ingest
+from mmray.engine.decoder import PREPARED, prepared_rows
 from mmray.errors import MmrayError
+from mmray.preprocess import Prepared
 from mmray.targets import Target, Targets
 
 COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
@@ -75,26 +77,41 @@ class Scorer:
             self._refusal = str(error)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        receipts = [self._receipt(*chunk) for chunk in ingest.chunks_of(batch)]
+        chunks = ingest.chunks_of(batch)
+        if PREPARED in batch.column_names:
+            receipts = [
+                self._receipt(*chunk, *ready)
+                for chunk, ready in zip(chunks, prepared_rows(batch), strict=True)
+            ]
+        else:
+            receipts = [self._receipt(*chunk) for chunk in chunks]
         return pa.Table.from_pylist(receipts, schema=RECEIPT_SCHEMA)
 
     def _receipt(
-        self, receipt: dict[str, Any], samples: list[rows.Sample] | None
+        self,
+        receipt: dict[str, Any],
+        samples: list[rows.Sample] | None,
+        prepared: list[Prepared | None] | None = None,
+        seconds: float = 0.0,
     ) -> dict[str, Any]:
+        """``prepared`` by a Decoder, in so many ``seconds``."""
         if self._refusal is not None:
             receipt["failure"] = self._refusal
-        elif samples is not None:
+        elif receipt["failure"] is None and samples is not None:
             if self._witness is not None:
                 chunk = (receipt["shard"], receipt["start"], receipt["stop"])
                 ray.get(self._witness.begin.remote(*chunk))
             try:
-                receipt |= self._score(samples)
+                receipt |= self._score(samples, prepared)
+                receipt["decode_s"] += seconds
             except MmrayError as error:
                 receipt["failure"] = str(error)
         return receipt
 
-    def _score(self, samples: list[rows.Sample]) -> dict[str, object]:
-        scored = self._predictor.score(samples, embeddings=self._embeddings)
+    def _score(
+        self, samples: list[rows.Sample], prepared: list[Prepared | None] | None
+    ) -> dict[str, Any]:
+        scored = self._predictor.score(samples, prepared, embeddings=self._embeddings)
         began = time.perf_counter()
         first, last = samples[0], samples[-1]
         ledger.write_part(self._out, first.shard, first.row, last.row + 1, scored.table)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -19,6 +20,7 @@ __all__ = [
     "TextTokenizer",
     "clean_text",
     "decode_image",
+    "fault",
     "load_tokenizer",
     "train_tokenizer",
 ]
@@ -38,6 +40,12 @@ class Prepared:
     tokens: np.ndarray | None
 
 
+def fault(sample: Sample) -> BadRow:
+    """What is wrong with a sample that has an ``error``."""
+    reason, _, detail = (sample.error or "").partition(": ")
+    return BadRow(sample.error_stage or "read", reason, detail)
+
+
 class Preprocessor:
     """A model's preprocessing: its config, its tokenizer, and the modalities it uses."""
 
@@ -52,16 +60,37 @@ class Preprocessor:
         self._nothing_dropped = cfg.text.model_copy(update={"urls": "keep", "mentions": "keep"})
 
     def prepare(self, sample: Sample) -> Prepared:
-        """The pair's pixels and tokens; raises BadRow when the model cannot be given them.
+        """The pair's pixels and tokens, from any thread; raises BadRow, and nothing else but
+        MemoryError, when the model cannot be given them.
 
         What the reader found wrong (``sample.error``) is raised first, at its own stage.
         """
         if sample.error is not None:
-            reason, _, detail = sample.error.partition(": ")
-            raise BadRow(sample.error_stage or "read", reason, detail)
-        pixels = None if self.modalities == "text" else self._pixels(sample)
-        tokens = None if self.modalities == "image" else self._tokens(sample)
+            raise fault(sample)
+        try:
+            pixels = None if self.modalities == "text" else self._pixels(sample)
+            tokens = None if self.modalities == "image" else self._tokens(sample)
+        except (BadRow, MemoryError):  # short memory is the machine's state, not the row's
+            raise
+        except Exception as error:
+            raise BadRow.surprise(
+                "image" if self.tokenizer is None else "caption", error
+            ) from error
         return Prepared(pixels, tokens)
+
+    def prepare_all(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Prepared | None]]:
+        """Of every sample what ``prepare`` gives; where that is nothing, the sample comes back with
+        the reason as its error."""
+        left: list[Sample] = []
+        prepared: list[Prepared | None] = []
+        for sample in samples:
+            try:
+                prepared.append(self.prepare(sample))
+                left.append(sample)
+            except BadRow as bad:
+                prepared.append(None)
+                left.append(replace(sample, error=str(bad), error_stage=bad.stage))
+        return left, prepared
 
     def _pixels(self, sample: Sample) -> np.ndarray:
         if sample.image is None:
