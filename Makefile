@@ -2,6 +2,7 @@
 #
 #   make demo       see the whole of mmray work on a generated archive (about 5 minutes)
 #   make test       run the tests
+#   make chaos      score on three nodes while processes are killed (about 15 minutes)
 #
 # Each of these first makes .venv with the pinned packages (`make install`; about 7 GB, once).
 
@@ -12,17 +13,21 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench
+.PHONY: help install demo test lint format bench chaos
 
 help:
 	@echo "make demo      the whole of mmray on a generated archive       (ARGS=\"--out DIR\")"
 	@echo "make test      the tests                                       (ARGS=\"-k tar\")"
 	@echo "make lint      ruff, and mypy --strict"
 	@echo "make format    rewrite the code as ruff wants it"
+	@echo "make chaos     scoring while drivers, workers and nodes are killed (ARGS=\"--rounds 2\")"
 	@echo "make bench     every script in benchmarks/, as JSON lines"
 	@echo "make install   .venv with the pinned packages; the others do this first"
 
 install: $(STAMP)
+
+chaos: install
+	@$(BIN)/python benchmarks/chaos.py $(ARGS)
 
 demo: install
 	@$(BIN)/python -m mmray demo $(ARGS)
@@ -40,7 +45,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	@set -e; for script in $(sort $(wildcard benchmarks/[!_]*.py)); do \
+	@set -e; for script in $(filter-out benchmarks/chaos.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	    echo "== $$script" >&2; $(BIN)/python $$script --json; done
 
 # uv installs in seconds what takes pip minutes; pip stands in where uv cannot reach an index that

@@ -12,7 +12,8 @@ are given a quarter of the archive. ``--json`` gives the worst ratio over the fo
 ``plain``: bare processes, one a core, with scaled JPEG decode and the model as plain torch runs it.
 ``limit``: the same with mmray's Predictor; what it costs to score without a framework. ``mmray``.
 ``ray_docs``: the pattern of Ray's documentation. ``dataloader``: webdataset and DataLoader.
-``daft``, on the same pairs in Parquet (needs `pip install daft`; left out where it is not there).
+``daft``, on the same pairs in Parquet, where it is installed (`pip install --no-deps daft`, as
+it asks for an older pyarrow).
 """
 
 from __future__ import annotations

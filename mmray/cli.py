@@ -221,6 +221,14 @@ def evaluate(
     type=click.IntRange(0),
     help="Processes that decode beside them; 0: they decode. [beside GPUs, every CPU left; else 0]",
 )
+@click.option(
+    "--row-timeout",
+    type=click.FloatRange(0.1),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="A picture that takes longer to decode is set aside.",
+)
 @_columns
 @as_json
 @endpoint
@@ -234,6 +242,7 @@ def score(
     embeddings: bool,
     actors: int | None,
     decoders: int | None,
+    row_timeout: float,
     image_column: str | None,
     caption_column: str | None,
     to_json: bool,
@@ -252,6 +261,7 @@ def score(
         embeddings=embeddings,
         actors=actors,
         decoders=decoders,
+        row_seconds=row_timeout,
         columns=Columns(image=image_column, caption=caption_column),
     )
     summary = engine.score(bundle, archive, out, options, Console())
@@ -261,13 +271,22 @@ def score(
 
 @cli.command()
 @click.argument("out")
+@click.option("--deep", is_flag=True, help="Also read scores of some shards, and score rows again.")
 @as_json
 @endpoint
-def verify(out: str, to_json: bool) -> int:
+def verify(out: str, deep: bool, to_json: bool) -> int:
     """Prove OUT: every shard listed, every row once, rows = scored + set aside, one bundle."""
     from mmray.verify import verify as check
 
-    verdict = check(out)
+    tally = Tally(Console(), "score files checked")
+    verdict = check(out, tally)
+    tally.end()
+    if deep:
+        from mmray.rescore import rescore
+
+        again, findings = rescore(out)
+        verdict.findings += findings
+        Console().say(f"{again:,} rows scored again")
     if to_json:
         _print_json(verdict.to_json())
     else:

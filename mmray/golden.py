@@ -75,7 +75,7 @@ def with_tolerance(golden: pa.Table, rough: pa.Table, labels: Sequence[str]) -> 
     """``golden`` with the tolerance that follows from ``rough``, its scores in bfloat16."""
     names = rows.probability_columns(labels)
     pairs = zip(golden.to_pylist(), rough.to_pylist(), strict=True)
-    noise = max(_difference(must, got, names) for must, got in pairs)
+    noise = max(difference(must, got, names) for must, got in pairs)
     allowed = min(MOST, max(LEAST, NOISE * noise))
     return golden.replace_schema_metadata({TOLERANCE: f"{allowed:.4f}"})
 
@@ -111,19 +111,21 @@ def compare(golden: pa.Table, scores: pa.Table, labels: Sequence[str]) -> float:
     allowed = tolerance(golden)
     names = rows.probability_columns(labels)
     pairs = list(zip(golden.to_pylist(), scores.to_pylist(), strict=True))
-    differences = [_difference(must, got, names) for must, got in pairs]
+    differences = [difference(must, got, names) for must, got in pairs]
     off = [pair for pair, d in zip(pairs, differences, strict=True) if not d <= allowed]
     if off:
         must, got = off[0]
         raise BundleError(
             f"golden pair {must[rows.SHARD]} row {must[rows.ROW]} must give "
-            f"{_outcome(must, names)}; it gives {_outcome(got, names)}; "
+            f"{outcome(must, names)}; it gives {outcome(got, names)}; "
             f"{len(off)} of {len(pairs)} golden pairs differ by more than {allowed:g}"
         )
     return max(differences)
 
 
-def _difference(must: Mapping[str, Any], got: Mapping[str, Any], names: Sequence[str]) -> float:
+def difference(must: Mapping[str, Any], got: Mapping[str, Any], names: Sequence[str]) -> float:
+    """Between two rows' probabilities the largest difference; infinite where only one is set aside,
+    or both are for different reasons."""
     if must[rows.ERROR] is None and got[rows.ERROR] is None:
         return float(max(abs(must[name] - got[name]) for name in names))
     return 0.0 if _why(must) == _why(got) else math.inf
@@ -134,7 +136,8 @@ def _why(row: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return row[rows.ERROR_STAGE], None if error is None else rows.reason(error)
 
 
-def _outcome(row: Mapping[str, Any], names: Sequence[str]) -> str:
+def outcome(row: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A row's scores, or its error, for a message."""
     if row[rows.ERROR] is not None:
         return f"the error {row[rows.ERROR]!r}"
     return ", ".join(f"{name} {row[name]:.3f}" for name in names)

@@ -14,6 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -322,7 +323,14 @@ def _record(run: Run, target: Target, scores: pa.Table, problem: str | None) -> 
 
 def _to_bytes(table: pa.Table) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    others = [name for name in table.column_names if name != rows.ROW]
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd",
+        use_dictionary=others,
+        column_encoding={rows.ROW: "DELTA_BINARY_PACKED"},  # a few bytes, as verify reads them
+    )
     return bytes(sink.getvalue())
 
 
@@ -345,12 +353,21 @@ def each(do: Callable[[Target], T], targets: Iterable[Target]) -> Iterator[T]:
             yield from pool.map(do, window)
 
 
-def read_record(uri: str) -> tuple[ShardRecord, int]:
-    """A score file's own record, and how many rows its footer counts; nothing else is read."""
+def read_record(uri: str) -> ShardRecord:
+    """A score file's own record; nothing else is read."""
+    with opened(uri) as file:
+        return record_of(file)
+
+
+@contextmanager
+def opened(uri: str) -> Iterator[pq.ParquetFile]:
+    """A score file, open. Raises StorageError for what turns out, while it is, not to be one."""
     with storage.open_read(uri) as stream:
         try:
-            footer = pq.ParquetFile(stream)
-            kept = (footer.schema_arrow.metadata or {})[METADATA_KEY]
-            return ShardRecord(**json.loads(kept)), footer.metadata.num_rows
+            yield pq.ParquetFile(stream)
         except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:
             raise StorageError(f"{uri}: not a whole score file: {error!r}") from None
+
+
+def record_of(file: pq.ParquetFile) -> ShardRecord:
+    return ShardRecord(**json.loads((file.schema_arrow.metadata or {})[METADATA_KEY]))

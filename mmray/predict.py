@@ -40,10 +40,9 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """``table`` of ``rows.scores_schema``, a row a sample in order, and where the time went."""
+    """``table`` of ``rows.scores_schema``, a row a sample in order, and how long the model took."""
 
     table: pa.Table
-    seconds_prepare: float  # bytes -> pixels and token ids
     seconds_predict: float  # the model, transfers included
 
 
@@ -78,8 +77,8 @@ class Predictor:
         self.labels = bundle.labels
         self.fingerprint = bundle.fingerprint
         self.embedding_dim = bundle.spec.config.hidden
-        self._golden = bundle.golden
-        self._preprocessor = bundle.build_preprocessor()
+        self.golden = bundle.golden
+        self.preprocessor = bundle.build_preprocessor()
         self._model = for_inference(bundle.build_model()).to(self.device)
         self._model.to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
@@ -93,7 +92,7 @@ class Predictor:
     def prepare(self, sample: Sample) -> Prepared:
         """The sample's pixels and token ids, on the CPU. Raises BadRow, and nothing else, for a
         sample that cannot be used."""
-        return self._preprocessor.prepare(sample)
+        return self.preprocessor.prepare(sample)
 
     def forward(self, prepared: Sequence[Prepared]) -> Outputs:
         """Score prepared rows in batches. An error is that of the model or the device and raises;
@@ -115,17 +114,16 @@ class Predictor:
         Raises RunError when the model or its device fails on any input, or lacks the memory for
         one row: that is no row's fault.
         """
-        began = time.perf_counter()
         if prepared is None:
-            samples, prepared = self._preprocessor.prepare_all(samples)
-        done = time.perf_counter()
+            samples, prepared = self.preprocessor.prepare_all(samples)
+        began = time.perf_counter()
         at = [i for i, row in enumerate(prepared) if row is not None]
         ready = [row for row in prepared if row is not None]
         errors = {i: fault(samples[i]) for i, row in enumerate(prepared) if row is None}
         outputs, faults = self._forward_rows(ready)
         errors |= {at[i]: fault for i, fault in faults.items()}
         table = self._table(samples, at, outputs, errors, embeddings)
-        return Scored(table, done - began, time.perf_counter() - done)
+        return Scored(table, time.perf_counter() - began)
 
     def score_table(self, samples: Sequence[Sample], *, embeddings: bool = False) -> pa.Table:
         """The table of ``score``: ``rows.scores_schema(labels)``, a row a sample, in order."""
@@ -136,10 +134,10 @@ class Predictor:
 
         Raises BundleError, naming a pair, when one differs by more than the bundle's tolerance.
         """
-        assert self._golden is not None, "only a bundle that was saved has golden pairs"
-        scores = self.score_table(golden.inputs(self._golden))
+        assert self.golden is not None, "only a bundle that was saved has golden pairs"
+        scores = self.score_table(golden.inputs(self.golden))
         try:
-            return golden.compare(self._golden, scores, self.labels)
+            return golden.compare(self.golden, scores, self.labels)
         except BundleError as error:
             raise BundleError(
                 f"on {self.device} in {self.precision} this bundle gives other scores than its "

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from mmray import ledger, storage
 from mmray.archive import rows
 from mmray.archive.shards import list_shards
 from mmray.errors import NotFound, StorageError
 from mmray.targets import Target, Targets
+
+Progress = Callable[[int, int | None], None]  # how many are done, and of how many
 
 
 @dataclass(slots=True)
@@ -37,11 +40,11 @@ class Verdict:
         return {name: getattr(self, name) for name in names}
 
 
-def verify(out: str) -> Verdict:
+def verify(out: str, progress: Progress = lambda done, total: None) -> Verdict:
     """Check OUT against its own ``run.json`` and the archive as it is now.
 
-    Reads of every score file its footer and the ``row`` and ``error`` columns. Raises NotFound
-    when OUT holds no run; everything else that is wrong is a finding.
+    Reads of every score file its footer and the row numbers, a few bytes each: no scores. Raises
+    NotFound when OUT holds no run; everything else that is wrong is a finding.
     """
     out = storage.absolute(out)
     run = ledger.read_run(out)
@@ -54,36 +57,47 @@ def verify(out: str) -> Verdict:
         )
     for shard in _without(done, run.targets.paths):
         verdict.findings.append(f"{shard}: has scores but is not in the run's archive listing")
-    for found in ledger.each(lambda target: _check(out, run, target), run.targets.take(there)):
+    checked = ledger.each(lambda target: _check(out, run, target), run.targets.take(there))
+    for number, found in enumerate(checked, 1):
         if isinstance(found, ledger.ShardRecord):
             verdict.rows += found.rows
             verdict.scored += found.scored
             verdict.set_aside += found.set_aside
         else:
             verdict.findings += found
+        progress(number, len(done))
     verdict.findings += _check_inputs(run)
     return verdict
 
 
 def _check(out: str, run: ledger.Run, target: Target) -> ledger.ShardRecord | list[str]:
     """The shard's record when its score file holds, else what is wrong with it."""
-    path, uri = target.shard.path, ledger.scores_uri(out, target.shard.path)
+    path = target.shard.path
     try:
-        record, count = ledger.read_record(uri)
-        table = ledger.read_scores(uri, [rows.SHARD, rows.ROW, rows.ERROR])
+        with ledger.opened(ledger.scores_uri(out, path)) as file:
+            record = ledger.record_of(file)
+            ordinals = file.read(columns=[rows.ROW]).column(rows.ROW).to_numpy()
+            findings = [
+                *_check_schema(path, run, file),
+                *_check_rows(path, record, ordinals),
+                *_check_counts(path, record, file.metadata),
+                *_check_origin(run, target, record),
+            ]
     except StorageError as error:
         return [str(error)]
-    except (KeyError, ValueError) as error:
-        return [f"{path}: columns missing from its score file: {error}"]
-    findings = [*_check_rows(path, record, table), *_check_origin(run, target, record)]
-    if count != record.rows:
-        findings.append(f"{path}: holds {count} rows, its record says {record.rows}")
     return findings or record
 
 
-def _check_rows(path: str, record: ledger.ShardRecord, table: Any) -> Iterator[str]:
-    ordinals = table.column(rows.ROW).to_numpy()
+def _check_schema(path: str, run: ledger.Run, file: pq.ParquetFile) -> Iterator[str]:
+    missing = [name for name in run.schema().names if name not in file.schema_arrow.names]
+    if missing:
+        yield f"{path}: columns missing from its score file: {', '.join(missing)}"
+
+
+def _check_rows(path: str, record: ledger.ShardRecord, ordinals: Any) -> Iterator[str]:
     expected = np.arange(record.rows)
+    if len(ordinals) != record.rows:
+        yield f"{path}: holds {len(ordinals)} rows, its record says {record.rows}"
     if not np.array_equal(ordinals, expected):
         missing = np.setdiff1d(expected, ordinals)
         values, counts = np.unique(ordinals, return_counts=True)
@@ -92,14 +106,34 @@ def _check_rows(path: str, record: ledger.ShardRecord, table: Any) -> Iterator[s
             f"{path}: rows are not 0 to {record.rows - 1} once each: {len(missing)} missing"
             f"{_first(missing)}, {len(doubled)} doubled{_first(doubled)}"
         )
-    aside = len(table) - table.column(rows.ERROR).null_count
+
+
+def _check_counts(path: str, record: ledger.ShardRecord, footer: Any) -> Iterator[str]:
+    """What the footer's statistics say of the columns ``error`` and ``shard``."""
+    errors, shards = _statistics(footer, rows.ERROR), _statistics(footer, rows.SHARD)
+    aside = sum(count - found.null_count for count, found in errors)
     if (record.scored + record.set_aside, record.set_aside) != (record.rows, aside):
         yield (
             f"{path}: {record.rows} rows, but its record says {record.scored} scored + "
             f"{record.set_aside} set aside, and {aside} rows have an error"
         )
-    if table.column(rows.SHARD).unique().to_pylist() not in ([], [path]):
+    if {name for _, found in shards for name in (found.min, found.max)} - {path}:
         yield f"{path}: holds rows of another shard"
+
+
+def _statistics(footer: Any, column: str) -> list[tuple[int, Any]]:
+    """Of every row group that has rows, their number and a column's statistics."""
+    found = []
+    for index in range(footer.num_row_groups):
+        group = footer.row_group(index)
+        chunks = (group.column(i) for i in range(group.num_columns))
+        chunk = next((c for c in chunks if c.path_in_schema == column), None)
+        if not group.num_rows:
+            continue
+        if chunk is None or chunk.statistics is None:
+            raise ValueError(f"no statistics of the column {column!r}")
+        found.append((group.num_rows, chunk.statistics))
+    return found
 
 
 def _first(ordinals: Any) -> str:

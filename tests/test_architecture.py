@@ -25,6 +25,8 @@ ROOMS = (
     "engine",
     "report",
     "verify",
+    "rescore",
+    "lease",
     "ledger",
     "targets",
     "predict",

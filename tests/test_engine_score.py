@@ -23,14 +23,14 @@ from mmray import bundle as bundles
 from mmray import ledger, storage, targets
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
-from mmray.engine import dataflow
+from mmray.engine import dataflow, guard
 from mmray.engine import score as engine
 from mmray.engine.decoder import Decoder
 from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scorer import Scorer
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.predict import Predictor
-from mmray.preprocess import Prepared
+from mmray.preprocess import Preprocessor
 from mmray.report.progress import Console
 from mmray.verify import verify
 
@@ -254,7 +254,7 @@ class TestOneRun:
             run(bundle, archive, tmp_path)
 
     @pytest.mark.parametrize("beside", [False, True])
-    def test_a_row_that_kills_its_worker_is_set_aside_alone(
+    def test_rows_that_crash_never_end_or_eat_memory_are_set_aside_and_no_others(
         self,
         bundle: str,
         archive: Path,
@@ -262,12 +262,31 @@ class TestOneRun:
         monkeypatch: pytest.MonkeyPatch,
         beside: bool,
     ) -> None:
+        workers: dict[str, object] = {"actors": 2}
         if beside:
-            monkeypatch.setattr(dataflow, "Decoder", MortalDecoder)
+            monkeypatch.setattr(dataflow, "Decoder", HarmedDecoder)
+            workers = {"actors": 1, "decoders": 1}
         else:
-            monkeypatch.setattr(dataflow, "Scorer", MortalScorer)
-        workers = {"actors": 1, "decoders": 1} if beside else {}
-        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, **workers)
+            monkeypatch.setattr(dataflow, "Scorer", HarmedScorer)
+        summary = run(bundle, archive, tmp_path, shards="2025/*", row_seconds=3.0, **workers)
+        assert summary["rows"] == 17 and verify(str(tmp_path)).ok
+        assert summary["recovery_s"] > 0
+        rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
+        assert {row["key"]: row["error"].split(":")[0] for row in rows if row["error"]} == {
+            "00007": "decode crashed",
+            "00009": "decode took too long",
+            "00011": "decode took too much memory",
+        }
+        good = expected(bundle, archive)["2025/00002.tar.parquet"].to_pylist()
+        for row, must in zip(rows, good, strict=True):
+            if row["error"] is None:  # its batch lacks a row, so to the last bit it may differ
+                assert row == pytest.approx(must, abs=1e-6)
+
+    def test_a_row_that_kills_its_worker_is_set_aside_alone(
+        self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(dataflow, "Scorer", MortalScorer)
+        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2)
         rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
         assert [row["key"] for row in rows if row["error"]] == [KILLER]
         assert summary["reasons"] == {"worker died": 1}
@@ -280,25 +299,41 @@ KILLER = "00007"
 class MortalScorer(Scorer):
     """Dies like a decoder that crashes whenever it is given one certain row."""
 
-    def _score(self, samples: list[Sample], prepared: None) -> dict[str, Any]:
+    def _score(self, samples: list[Sample], prepared: Any) -> dict[str, Any]:
         if any(sample.key == KILLER for sample in samples):
             os._exit(1)
         return super()._score(samples, prepared)
 
 
-class MortalDecoder(Decoder):
-    """The same, beside the scoring actors."""
+def harm(preprocessor: Preprocessor) -> None:
+    """Its decoder crashes, hangs or takes all memory, each on one row."""
+    pixels = preprocessor._pixels
 
+    def harmed(sample: Sample) -> Any:
+        if sample.key == "00007":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        while sample.key == "00009":
+            time.sleep(1)
+        held = []
+        while sample.key == "00011":
+            held.append(bytes(64 << 20))
+        return pixels(sample)
+
+    preprocessor._pixels = harmed  # type: ignore[method-assign]
+
+
+class HarmedScorer(Scorer):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        prepare = self._preprocessor.prepare
+        harm(self._predictor.preprocessor)
+        guard._limit(5 << 30)
 
-        def mortal(sample: Sample) -> Prepared:
-            if sample.key == KILLER:
-                os._exit(1)
-            return prepare(sample)
 
-        self._preprocessor.prepare = mortal  # type: ignore[method-assign]
+class HarmedDecoder(Decoder):
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        harm(self._prepare._preprocessor)
+        guard._limit(5 << 30)
 
 
 class OffScorer(Scorer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -77,7 +78,7 @@ def test_commit_merges_overlapping_parts_into_every_row_once(tmp_path: Path) -> 
     table = pq.read_table(tmp_path / "scores" / "2024" / "00000.tar.parquet")
     assert table.column("row").to_pylist() == list(range(9))
     assert table.column("error").to_pylist()[5] == "image truncated: cut"
-    assert ledger.read_record(ledger.scores_uri(out, shard)) == (record, 9)
+    assert ledger.read_record(ledger.scores_uri(out, shard)) == record
     assert ledger.covered(out) == {} and ledger.done_shards(out).to_pylist() == [shard]
 
 
@@ -163,6 +164,25 @@ def rewrite(path: Path, change: object) -> None:
     pq.write_table(change(table).replace_schema_metadata(table.schema.metadata), path)
 
 
+def table_rows(first: int, count: int) -> Callable[[pa.Table], pa.Table]:
+    return lambda table: table.slice(first, count)
+
+
+def test_verify_reads_no_scores(
+    finished: tuple[Path, ledger.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+    read = pq.ParquetFile.read
+
+    def noted(self: pq.ParquetFile, columns: object = None, **options: object) -> pa.Table:
+        asked.append(columns)
+        return read(self, columns, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read", noted)
+    assert verify(str(finished[0] / "out")).ok
+    assert asked == [["row"], ["row"]]
+
+
 def test_verify_counts_a_whole_run(finished: tuple[Path, ledger.Run]) -> None:
     verdict = verify(str(finished[0] / "out"))
     assert verdict.ok and (verdict.shards, verdict.rows, verdict.scored) == (2, 8, 8)
@@ -185,6 +205,9 @@ def test_verify_finds_what_was_done_to_a_run(finished: tuple[Path, ledger.Run]) 
     assert "not a whole" in finding()
     rewrite(file, lambda table: pa.concat_tables([table.slice(0, 3), table.slice(0, 1)]))
     assert "1 missing (first 3), 1 doubled (first 0)" in finding()
+    doubled = [table_rows(0, 2), table_rows(1, 1), table_rows(3, 1)]
+    rewrite(file, lambda table: pa.concat_tables([cut(table) for cut in doubled]))
+    assert "1 missing (first 2), 1 doubled (first 1)" in finding()
     rewrite(file, lambda table: table.slice(0, 3))
     assert "holds 3 rows, its record says 4" in finding()
     file.write_bytes((base / "out" / "scores" / "b.tar.parquet").read_bytes())

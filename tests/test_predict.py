@@ -193,9 +193,12 @@ class TestRows:
             {"image": "no image", "text": "no caption"}[modalities],
         ]
 
-    def test_time_is_told_apart(self, predictor: Predictor) -> None:
-        scored = predictor.score([pair(1)])
-        assert scored.seconds_prepare > 0 and scored.seconds_predict > 0
+    def test_what_is_prepared_elsewhere_gives_the_same_scores(self, predictor: Predictor) -> None:
+        samples = [pair(1), replace(pair(2), image=None), pair(3)]
+        left, prepared = predictor.preprocessor.prepare_all(samples)
+        bare = [replace(sample, image=None) for sample in left]
+        again = predictor.score(bare, prepared)
+        assert again.table == predictor.score_table(samples) and again.seconds_predict > 0
 
 
 class Faulty(nn.Module):
@@ -303,14 +306,14 @@ class TestFaults:
     def test_a_surprise_while_preparing_is_that_rows(
         self, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        pixels = predictor._preprocessor._pixels
+        pixels = predictor.preprocessor._pixels
 
         def surprise(sample: Sample) -> np.ndarray:
             if sample.row == 1:
                 raise KeyError("who expected this")
             return pixels(sample)
 
-        monkeypatch.setattr(predictor._preprocessor, "_pixels", surprise)
+        monkeypatch.setattr(predictor.preprocessor, "_pixels", surprise)
         table = predictor.score_table([pair(0), pair(1), pair(2)])
         assert table[rows.ERROR].to_pylist() == [
             None,

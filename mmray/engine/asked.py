@@ -12,6 +12,7 @@ from mmray.archive import rows
 from mmray.archive.shards import check_columns, list_shards, read_shard
 from mmray.bundle import Manifest
 from mmray.config import Columns
+from mmray.engine.guard import ROW_SECONDS
 from mmray.engine.ingest import CHUNK_ROWS
 from mmray.errors import ConfigError
 from mmray.targets import Target, Targets
@@ -28,6 +29,7 @@ class ScoreOptions:
     chunk_rows: int = CHUNK_ROWS
     actors: int | None = None  # scoring actors; None: one a GPU, else one a CPU
     decoders: int | None = None  # processes that decode beside them; None: where there are GPUs
+    row_seconds: float = ROW_SECONDS  # that a row may take to prepare
     columns: Columns = Columns()
 
 

@@ -19,7 +19,13 @@ THREADS = 1  # of torch, in each actor
 
 
 def scored(
-    run: Run, out: str, plan: Plan, options: ReadOptions, placement: Placement, witness: Any
+    run: Run,
+    out: str,
+    plan: Plan,
+    options: ReadOptions,
+    placement: Placement,
+    row_seconds: float,
+    witness: Any,
 ) -> ray.data.Dataset:
     """``scorer.RECEIPT_SCHEMA`` for every chunk of the plan, when its scores lie in ``out``.
 
@@ -48,15 +54,9 @@ def scored(
         # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         if placement.decoders is not None:
-            dataset = mapped(dataset, Decoder, placement.decoders, run.bundle, witness)
-        arguments = (
-            run.bundle,
-            run.fingerprint,
-            out,
-            run.embedding_dim is not None,
-            THREADS,
-            witness,
-        )
+            dataset = mapped(dataset, Decoder, placement.decoders, run.bundle, row_seconds, witness)
+        scorer = run.bundle, run.fingerprint, out, run.embedding_dim is not None
+        arguments = *scorer, THREADS, row_seconds, witness
         dataset = mapped(dataset, Scorer, placement.scorers, *arguments)
     dataset.context.max_errored_blocks = -1
     return dataset

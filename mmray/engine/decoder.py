@@ -17,9 +17,9 @@ import pyarrow as pa
 import ray
 
 from mmray.archive import rows
-from mmray.engine import ingest
+from mmray.engine import guard, ingest
 from mmray.errors import MmrayError
-from mmray.preprocess import Prepared
+from mmray.preprocess import Prepared, Preprocessor
 
 PREPARED = "prepared"
 SECONDS = "decode_s"
@@ -29,19 +29,35 @@ DECODED_SCHEMA = pa.schema(
 )
 
 
-class Decoder:
-    """Prepares what a Scorer will score; ``witness`` as there."""
+class Preparer:
+    """What prepares rows in an actor: under an alarm; guarded where the actor has a witness, as
+    then a row may kill."""
 
-    def __init__(self, bundle: str, witness: Any = None) -> None:
+    def __init__(self, preprocessor: Preprocessor, row_seconds: float, guarded: bool) -> None:
+        self._preprocessor, self._seconds = preprocessor, row_seconds
+        self._guard = guard.Guard(preprocessor, row_seconds) if guarded else None
+
+    def __call__(self, samples: Sequence[rows.Sample]) -> guard.Ready:
+        if self._guard is not None:
+            return self._guard.prepare_all(samples)
+        return guard.prepare_alarmed(self._preprocessor, samples, self._seconds)
+
+
+class Decoder:
+    """Prepares what a Scorer will score; ``row_seconds`` and ``witness`` as there."""
+
+    def __init__(self, bundle: str, row_seconds: float, witness: Any = None) -> None:
         import torch
 
         from mmray.bundle import load
 
         torch.set_num_threads(1)
+        guard.limit_memory()
         self._witness = witness
         self._refusal: str | None = None
         try:
-            self._preprocessor = load(bundle).build_preprocessor()
+            preprocessor = load(bundle).build_preprocessor()
+            self._prepare = Preparer(preprocessor, row_seconds, guarded=witness is not None)
         except MmrayError as error:
             self._refusal = str(error)  # travels as a row, as a Scorer's does
 
@@ -57,7 +73,7 @@ class Decoder:
             if self._witness is not None:
                 chunk = record["shard"], record["start"], record["stop"]
                 ray.get(self._witness.begin.remote(*chunk))
-            left, prepared = self._preprocessor.prepare_all(samples)
+            left, prepared = self._prepare(samples)
             bare = rows.to_table([replace(sample, image=None) for sample in left])
             columns["samples"] = ingest.one_list(*bare.to_struct_array().chunks)
             columns[PREPARED] = ingest.one_list(_packed(prepared))

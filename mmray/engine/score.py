@@ -20,7 +20,7 @@ import ray
 from mmray import ledger, storage
 from mmray.archive import rows
 from mmray.archive.shards import read_shard
-from mmray.bundle import read_manifest
+from mmray.bundle import Manifest, read_manifest
 from mmray.engine import cluster
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
@@ -31,8 +31,9 @@ from mmray.engine.pieces import Piece, Plan, shared
 from mmray.engine.placement import place
 from mmray.engine.scorer import start_committer
 from mmray.errors import MmrayError, RunError
+from mmray.lease import Lease
 from mmray.report.progress import Console, Meter, duration
-from mmray.report.summary import write_summary
+from mmray.report.summary import Totals, finished_summary, write_summary
 from mmray.targets import Target
 
 __all__ = ["ScoreOptions", "score"]
@@ -52,19 +53,35 @@ def score(
     """
     bundle, archive, out = map(storage.absolute, (bundle, archive, out))
     manifest = read_manifest(bundle)
+    with Lease(out, console.say) as lease:
+        return _score(bundle, manifest, archive, out, options, console, lease)
+
+
+def _score(
+    bundle: str,
+    manifest: Manifest,
+    archive: str,
+    out: str,
+    options: ScoreOptions,
+    console: Console,
+    lease: Lease,
+) -> dict[str, Any]:
     asked = what_is_asked(bundle, manifest, archive, options)
     run, resumed = ledger.open_run(out, asked)
     done = ledger.done_shards(out)
     if asked.targets.among(done).all():
         console.say(f"nothing to do: all {len(asked.targets):,} shards are scored in {out}")
-        return write_summary(out, run, None)
+        return finished_summary(out, run, console)
     if resumed:
         console.say(f"going on: {len(done):,} of {len(run.targets):,} shards are done in {out}")
-    todo = run.targets.among(asked.targets.paths) & ~run.targets.among(done)
+    before = run.targets.among(done)
+    todo = run.targets.among(asked.targets.paths) & ~before
     del asked, done
-    job = _Job(out, run, todo, options, console)
+    job = _Job(out, run, todo, options, console, lease)
     job.run_to_end()
-    summary = write_summary(out, run, job.meter)
+    if before.any():
+        job.totals.read(out, run.targets.take(before), console)
+    summary = write_summary(out, run, job.totals, job.meter)
     console.say(
         f"scored {summary['scored']:,} of {summary['rows']:,} rows, set aside "
         f"{summary['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
@@ -110,10 +127,11 @@ class _Job:
         todo: npt.NDArray[np.bool_],
         options: ScoreOptions,
         console: Console,
+        lease: Lease,
     ) -> None:
         """``todo``: which of the run's targets to score."""
         self._out, self._run, self._options, self._console = out, run, options, console
-        self._todo = todo
+        self._todo, self._lease = todo, lease
         self._live = self._with_parts(ledger.covered(out))
         done = run.targets.size - run.targets.take(todo).size
         self.meter = Meter(
@@ -123,6 +141,7 @@ class _Job:
             resumed_bytes=done,
             done_shards=len(run.targets) - int(todo.sum()),
         )
+        self.totals = Totals()
         self._losses = Losses()
         self._commits: list[Any] = []
         self._committers: list[Any] = []
@@ -147,7 +166,7 @@ class _Job:
         # Before the first shard ends, or commits would queue up behind their start.
         count = 1 + resources.cpus // CPUS_A_COMMITTER
         self._committers = [start_committer(self._out, self._run) for _ in range(count)]
-        plan, stalled, witness = self._plan(), 0, None
+        plan, stalled, witness, lost = self._plan(), 0, None, 0.0
         while plan:
             before = self._remaining()
             self._one_pass(plan, resources, witness)
@@ -164,7 +183,9 @@ class _Job:
             self._finish_commits(0)
             if plan:
                 self._console.say(f"{len(plan):,} pieces lost their worker; running them again")
-                witness = call_witness()
+                witness, lost = call_witness(), lost or self.meter.seconds
+        if lost:
+            self.meter.recovery_s = self.meter.seconds - lost
         self._console.show(self.meter.line, force=True)
         self._console.end()
 
@@ -242,13 +263,16 @@ class _Job:
     def _one_pass(self, plan: Plan, resources: cluster.Resources, witness: Any) -> None:
         options = ReadOptions(columns=self._options.columns, chunk_rows=self._run.chunk_rows)
         placement = place(resources, self._options.actors, self._options.decoders)
-        dataset = scored(self._run, self._out, plan, options, placement, witness)
+        dataset = scored(
+            self._run, self._out, plan, options, placement, self._options.row_seconds, witness
+        )
         with running(dataset) as batches:
             for batch in batches:
                 for receipt in batch.to_pylist():
                     self._book(receipt)
                 self._finish_commits(COMMITS_IN_FLIGHT)
                 self._console.show(self.meter.line)
+                self._lease.check()
 
     def _book(self, receipt: dict[str, Any]) -> None:
         if receipt["failure"] is not None:
@@ -303,6 +327,7 @@ class _Job:
             )
             for record in _results(finished):
                 self.meter.done_shards += 1
+                self.totals.add(record)
                 if record.problem:
                     self._console.say(f"{record.shard}: {record.problem}")
             self._console.show(self.meter.line)

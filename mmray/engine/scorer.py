@@ -16,7 +16,8 @@ import ray
 from mmray import ledger
 from mmray.archive import rows
 from mmray.engine import ingest
-from mmray.engine.decoder import PREPARED, prepared_rows
+from mmray.engine.decoder import PREPARED, Preparer, prepared_rows
+from mmray.engine.guard import limit_memory
 from mmray.errors import MmrayError
 from mmray.preprocess import Prepared
 from mmray.targets import Target, Targets
@@ -46,7 +47,8 @@ RECEIPT_SCHEMA = pa.schema(
 class Scorer:
     """Holds one Predictor; refuses to start when the bundle's golden pairs score otherwise.
 
-    A ``witness`` is told of every chunk before it is scored, see ``losses``.
+    A row that takes more than ``row_seconds`` to prepare ends the actor. A ``witness`` is told of
+    every chunk before it is scored, see ``losses``; rows are then prepared guarded.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Scorer:
         out: str,
         embeddings: bool,
         threads: int,
+        row_seconds: float,
         witness: Any = None,
     ) -> None:
         import torch
@@ -72,6 +75,11 @@ class Scorer:
                 raise MmrayError(f"{bundle}: changed since the run began; score into another --out")
             self._predictor = Predictor(loaded)
             self._predictor.check_golden()
+            self._prepare = Preparer(
+                self._predictor.preprocessor, row_seconds, guarded=witness is not None
+            )
+            if self._predictor.device.type == "cpu":
+                limit_memory()
         except MmrayError as error:
             # Raised here it would reach the driver as a dead actor; as a receipt it is one line.
             self._refusal = str(error)
@@ -94,7 +102,7 @@ class Scorer:
         prepared: list[Prepared | None] | None = None,
         seconds: float = 0.0,
     ) -> dict[str, Any]:
-        """``prepared`` by a Decoder, in so many ``seconds``."""
+        """``prepared`` by a Decoder in so many ``seconds``, or here."""
         if self._refusal is not None:
             receipt["failure"] = self._refusal
         elif receipt["failure"] is None and samples is not None:
@@ -102,22 +110,22 @@ class Scorer:
                 chunk = (receipt["shard"], receipt["start"], receipt["stop"])
                 ray.get(self._witness.begin.remote(*chunk))
             try:
-                receipt |= self._score(samples, prepared)
-                receipt["decode_s"] += seconds
+                if prepared is None:
+                    began = time.perf_counter()
+                    samples, prepared = self._prepare(samples)
+                    seconds = time.perf_counter() - began
+                receipt |= {"decode_s": seconds} | self._score(samples, prepared)
             except MmrayError as error:
                 receipt["failure"] = str(error)
         return receipt
 
-    def _score(
-        self, samples: list[rows.Sample], prepared: list[Prepared | None] | None
-    ) -> dict[str, Any]:
+    def _score(self, samples: list[rows.Sample], prepared: list[Prepared | None]) -> dict[str, Any]:
         scored = self._predictor.score(samples, prepared, embeddings=self._embeddings)
         began = time.perf_counter()
         first, last = samples[0], samples[-1]
         ledger.write_part(self._out, first.shard, first.row, last.row + 1, scored.table)
         return {
             "set_aside": len(samples) - scored.table.column(rows.ERROR).null_count,
-            "decode_s": scored.seconds_prepare,
             "predict_s": scored.seconds_predict,
             "write_s": time.perf_counter() - began,
         }

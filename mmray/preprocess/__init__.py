@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -78,7 +78,7 @@ class Preprocessor:
             ) from error
         return Prepared(pixels, tokens)
 
-    def prepare_all(self, samples: Sequence[Sample]) -> tuple[list[Sample], list[Prepared | None]]:
+    def prepare_all(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Prepared | None]]:
         """Of every sample what ``prepare`` gives; where that is nothing, the sample comes back with
         the reason as its error."""
         left: list[Sample] = []

@@ -103,6 +103,7 @@ class Meter:
     stages: dict[str, float] = field(default_factory=dict)
     started: float = field(default_factory=time.monotonic)
     first_rows_s: float | None = None  # seconds after which the first rows came back
+    recovery_s: float = 0.0  # of all seconds, those after the first pass: for what lost its worker
     _first: tuple[int, int] = (0, 0)  # what they were: rows, bytes
 
     def take(self, rows: int, set_aside: int, size: int) -> None:

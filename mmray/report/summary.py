@@ -4,85 +4,111 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from mmray import ledger, storage
-from mmray.report.progress import Meter, duration
+from mmray.report.progress import Console, Meter, Tally, duration
+from mmray.targets import Targets
 
 
-def write_summary(out: str, run: ledger.Run, meter: Meter | None) -> dict[str, Any]:
-    """Add up the records of all committed shards; write and return the summary.
+class Totals:
+    """What the records of committed shards add up to."""
 
-    The ``meter`` of this command gives its own ``seconds``, after how many of them the first rows
-    were scored, the rows a second from then on, and its workers' seconds by stage. A command that
-    found nothing to do has none, and keeps the times of the one before it.
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._labels: Counter[str] = Counter()
+        self._problems: dict[str, str] = {}
+
+    def add(self, record: ledger.ShardRecord) -> None:
+        self._counts.update(
+            shards_done=1,
+            bytes=record.input_size,
+            rows=record.rows,
+            scored=record.scored,
+            set_aside=record.set_aside,
+        )
+        self._reasons.update(record.reasons)
+        self._labels.update(record.labels)
+        if record.problem:
+            self._problems[record.shard] = record.problem
+
+    def read(self, out: str, targets: Targets, console: Console) -> None:
+        """Add what lies in ``out`` of these committed shards: their records alone are read."""
+        tally = Tally(console, "records of finished shards read")
+        found = ledger.each(
+            lambda target: ledger.read_record(ledger.scores_uri(out, target.shard.path)), targets
+        )
+        for number, record in enumerate(found, 1):
+            self.add(record)
+            tally(number, len(targets))
+        tally.end()
+
+    def summary(self, run: ledger.Run) -> dict[str, Any]:
+        return {
+            "run_id": run.run_id,
+            "archive": run.archive,
+            "bundle": run.bundle,
+            "fingerprint": run.fingerprint,
+            "trial": run.trial,
+            "shards": len(run.targets),
+            **{name: self._counts[name] for name in COUNTS},
+            "reasons": dict(self._reasons.most_common()),
+            "labels": {label: self._labels[label] for label in run.labels},
+            "problems": [
+                {"shard": shard, "problem": problem}
+                for shard, problem in sorted(self._problems.items())
+            ],
+        }
+
+
+COUNTS = ("shards_done", "bytes", "rows", "scored", "set_aside")
+
+
+def write_summary(out: str, run: ledger.Run, totals: Totals, meter: Meter) -> dict[str, Any]:
+    """Write and return the summary of a run whose committed shards come to ``totals``.
+
+    The ``meter`` of this command gives its ``seconds``, after how many of them the first rows were
+    scored, the rows a second from then on, and its workers' seconds by stage.
     """
-    summary = _tally(run, records(out, run))
+    return _write(out, totals.summary(run) | _times(meter))
+
+
+def finished_summary(out: str, run: ledger.Run, console: Console) -> dict[str, Any]:
+    """The summary of a run with nothing left to do, as the last command wrote it; from the score
+    files where that was killed before it did."""
     uri = storage.join(out, ledger.SUMMARY)
-    if meter is not None:
-        summary |= _times(meter)
-    elif storage.exists(uri):
-        before = json.loads(storage.read_bytes(uri))
-        summary |= {name: before[name] for name in TIMES if name in before}
-    else:
-        summary |= dict.fromkeys(TIMES) | {"stages": {}}
-    storage.write_bytes(uri, json.dumps(summary, indent=2, ensure_ascii=False).encode())
+    before = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    whole = {"run_id": run.run_id, "shards": len(run.targets), "shards_done": len(run.targets)}
+    if whole.items() <= before.items():
+        return before
+    totals = Totals()
+    totals.read(out, run.targets.take(run.targets.among(ledger.done_shards(out))), console)
+    times = {name: before.get(name) for name in TIMES} | {"stages": before.get("stages", {})}
+    return _write(out, totals.summary(run) | times)
+
+
+def _write(out: str, summary: dict[str, Any]) -> dict[str, Any]:
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    storage.write_bytes(storage.join(out, ledger.SUMMARY), text.encode())
     storage.write_bytes(storage.join(out, ledger.REPORT), render(summary).encode())
     return summary
 
 
-TIMES = ("seconds", "first_rows_s", "rows_per_second", "stages")
+TIMES = ("seconds", "first_rows_s", "recovery_s", "rows_per_second", "stages")
 
 
 def _times(meter: Meter) -> dict[str, Any]:
     values = (
         round(meter.seconds, 3),
         None if meter.first_rows_s is None else round(meter.first_rows_s, 3),
+        round(meter.recovery_s, 3),
         round(meter.rate, 3),
         {stage: round(spent, 3) for stage, spent in meter.stages.items()},
     )
     return dict(zip(TIMES, values, strict=True))
-
-
-def records(out: str, run: ledger.Run) -> Iterator[ledger.ShardRecord]:
-    """The record of every committed shard of the run, read from its footer, in order."""
-    done = run.targets.take(run.targets.among(ledger.done_shards(out)))
-    for record, _ in ledger.each(
-        lambda target: ledger.read_record(ledger.scores_uri(out, target.shard.path)), done
-    ):
-        yield record
-
-
-def _tally(run: ledger.Run, done: Iterator[ledger.ShardRecord]) -> dict[str, Any]:
-    reasons: Counter[str] = Counter()
-    labels: Counter[str] = Counter()
-    totals: Counter[str] = Counter()
-    problems = []
-    for record in done:
-        totals.update(shards=1, rows=record.rows, scored=record.scored, aside=record.set_aside)
-        totals.update(bytes=record.input_size)
-        reasons.update(record.reasons)
-        labels.update(record.labels)
-        if record.problem:
-            problems.append({"shard": record.shard, "problem": record.problem})
-    return {
-        "run_id": run.run_id,
-        "archive": run.archive,
-        "bundle": run.bundle,
-        "fingerprint": run.fingerprint,
-        "trial": run.trial,
-        "shards": len(run.targets),
-        "shards_done": totals["shards"],
-        "bytes": totals["bytes"],
-        "rows": totals["rows"],
-        "scored": totals["scored"],
-        "set_aside": totals["aside"],
-        "reasons": dict(reasons.most_common()),
-        "labels": {label: labels[label] for label in run.labels},
-        "problems": problems,
-    }
 
 
 # --- the page ------------------------------------------------------------------------------------
