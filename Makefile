@@ -2,6 +2,7 @@
 #
 #   make demo       see the whole of mmray work on a generated archive (about 5 minutes)
 #   make test       run the tests
+#   make test-s3    run those against a real S3 server, Ceph's, which it installs (Debian, Ubuntu)
 #   make chaos      score on three nodes while processes are killed (about 15 minutes)
 #
 # Each of these first makes .venv with the pinned packages (`make install`; about 7 GB, once).
@@ -13,11 +14,12 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos
+.PHONY: help install install-ceph demo test test-s3 chaos lint format bench
 
 help:
 	@echo "make demo      the whole of mmray on a generated archive       (ARGS=\"--out DIR\")"
 	@echo "make test      the tests                                       (ARGS=\"-k tar\")"
+	@echo "make test-s3   those against a real S3 server, Ceph's, which it installs first"
 	@echo "make lint      ruff, and mypy --strict"
 	@echo "make format    rewrite the code as ruff wants it"
 	@echo "make chaos     scoring while drivers, workers and nodes are killed (ARGS=\"--rounds 2\")"
@@ -35,6 +37,9 @@ demo: install
 test: install
 	@$(BIN)/python -m pytest $(ARGS)
 
+test-s3: install install-ceph
+	@$(BIN)/python -m pytest -m real_s3 $(ARGS)
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +52,16 @@ format: install
 bench: install
 	@set -e; for script in $(filter-out benchmarks/chaos.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	    echo "== $$script" >&2; $(BIN)/python $$script --json; done
+
+# Daemons that the tests start and end themselves; the packages start none.
+CEPH := ceph-mon ceph-osd openssl radosgw
+SUDO  = $(if $(filter-out 0,$(shell id -u)),sudo -n)
+APT   = $(SUDO) env DEBIAN_FRONTEND=noninteractive apt-get -qq
+
+install-ceph:
+	@which $(CEPH) >/dev/null || { echo "== installing $(CEPH)"; $(APT) update; \
+	    $(APT) install --no-install-recommends $(CEPH) >/dev/null; } || { \
+	    echo "cannot install Ceph, which takes apt and root (or sudo without a password): apt-get install --no-install-recommends $(CEPH)" >&2; exit 1; }
 
 # uv installs in seconds what takes pip minutes; pip stands in where uv cannot reach an index that
 # pip is configured for. all-MiniLM-L6-v2, the text encoder of one example, comes as a package too,

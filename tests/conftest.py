@@ -1,7 +1,8 @@
-"""What tests share: the real data beside the checkout, a real S3 endpoint, one local Ray."""
+"""What tests share: the real data beside the checkout, S3 endpoints, one local Ray."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import ceph
 import pytest
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -49,35 +51,72 @@ def shared() -> Path:
     return SHARED
 
 
-@pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[Endpoint]:
-    """A moto server in its own process; the environment points every S3 client at it."""
+@contextlib.contextmanager
+def served(*arguments: str) -> Iterator[int]:
+    """The port of a server: a Python process that prints it, and ends when its input does."""
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # Ctrl-C is the tests' to handle
     )
     assert server.stdin is not None and server.stdout is not None
-    with pytest.MonkeyPatch.context() as patch:
+    try:
         port = server.stdout.readline().strip()
-        assert port, "the moto server did not start"
-        url = f"http://127.0.0.1:{port}"
+        assert port, "the S3 server did not start; it says why in stderr"
+        yield int(port)
+    finally:
+        server.stdin.close()
+        server.wait(timeout=10)
+        server.stdout.close()
+
+
+@contextlib.contextmanager
+def pointed_at(url: str, **more: str) -> Iterator[None]:
+    """The environment in which every S3 client speaks to ``url``, and to nobody else."""
+    with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("AWS_")]:
             patch.delenv(name)
         for name, value in {
             "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_ACCESS_KEY_ID": ceph.KEY,
+            "AWS_SECRET_ACCESS_KEY": ceph.KEY,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_EC2_METADATA_DISABLED": "true",
             "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+            **more,
         }.items():
             patch.setenv(name, value)
         for name in ("NO_PROXY", "no_proxy"):
             patch.setenv(name, ",".join(filter(None, [os.environ.get(name), "127.0.0.1"])))
+        yield
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[Endpoint]:
+    """A moto server in its own process; the environment points every S3 client at it."""
+    with served("-c", SERVER) as port, pointed_at(url := f"http://127.0.0.1:{port}"):
         yield Endpoint(url)
-    server.stdin.close()
-    server.wait(timeout=10)
-    server.stdout.close()
+
+
+@pytest.fixture(scope="session")
+def ceph_gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Endpoint, Path]]:
+    """Ceph's S3 server over HTTPS, and its certificate; skips where Ceph is not installed."""
+    if missing := ceph.missing():
+        pytest.skip(f"{', '.join(missing)} not on the PATH; `make test-s3` installs Ceph")
+    certificate = tmp_path_factory.mktemp("ceph") / "certificate.pem"
+    with served(ceph.__file__, str(certificate)) as port:
+        yield Endpoint(f"https://127.0.0.1:{port}"), certificate
+
+
+@pytest.fixture
+def real_s3(ceph_gateway: tuple[Endpoint, Path]) -> Iterator[Endpoint]:
+    """Ceph's S3 server; during a test the environment points every S3 client at it."""
+    endpoint, certificate = ceph_gateway
+    with pointed_at(endpoint.url, AWS_CA_BUNDLE=str(certificate)):
+        yield endpoint
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,15 @@ AWKWARD_NAMES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["local", "s3"])
+ENDPOINTS = {"s3": "s3_endpoint", "ceph": "real_s3"}
+
+
+@pytest.fixture(params=["local", "s3", pytest.param("ceph", marks=pytest.mark.real_s3)])
 def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "root")
-    return str(request.getfixturevalue("s3_endpoint").bucket()) + "/some/prefix"
+    endpoint = request.getfixturevalue(ENDPOINTS[request.param])
+    return str(endpoint.bucket()) + "/some/prefix"
 
 
 def listed(root: str) -> list[str]:
