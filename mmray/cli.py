@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import click
 
 from mmray import __version__
 from mmray.errors import ConfigError, MmrayError
+from mmray.options import as_json, columns, endpoint, reasons_asked, scoring
 from mmray.report.progress import Console, Tally
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -37,30 +38,6 @@ def cli(debug: bool, endpoint_url: str | None) -> None:
     """
     if endpoint_url:
         os.environ["AWS_ENDPOINT_URL"] = endpoint_url
-
-
-as_json = click.option("--json", "to_json", is_flag=True, help="Print the result as JSON.")
-endpoint = click.option(
-    "--endpoint-url",
-    metavar="URL",
-    expose_value=False,
-    help="S3 endpoint, as before the verb.",
-    callback=lambda _context, _option, value: _set_endpoint(value),
-)
-
-
-def _set_endpoint(url: str | None) -> None:
-    if url:
-        os.environ["AWS_ENDPOINT_URL"] = url
-
-
-def _columns(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that name an archive's columns."""
-    image = click.option("--image-column", metavar="NAME", help="Parquet image column. [guessed]")
-    caption = click.option(
-        "--caption-column", metavar="NAME", help="Caption column or .json field. [guessed]"
-    )
-    return image(caption(command))
 
 
 # --- archives ------------------------------------------------------------------------------------
@@ -121,7 +98,7 @@ def pack(
 @click.option("--shards", "max_shards", type=click.IntRange(1), help="Look at so many. [all]")
 @click.option("--examples", type=click.IntRange(0), default=3, help="Pairs to show.")
 @click.option("--label", metavar="NAME", default="label", help="Label column or field.")
-@_columns
+@columns
 @as_json
 @endpoint
 def inspect(
@@ -209,27 +186,9 @@ def evaluate(
 @click.option("--out", required=True, metavar="OUT", help="Where scores/ and _run/ go.")
 @click.option("--limit", type=click.IntRange(1), help="A trial: only the first so many rows.")
 @click.option("--shards", metavar="N|GLOB", help="Only the first N shards, or those that match.")
-@click.option(
-    "--max-errors",
-    metavar="SHARE",
-    help="Stop (exit 1, resumable) when more rows than this are set aside: 0.001 or 0.1%.",
-)
 @click.option("--embeddings", is_flag=True, help="Also write float16 embeddings.")
-@click.option("--actors", type=click.IntRange(1), help="Scoring actors. [two a GPU, or one a CPU]")
-@click.option(
-    "--decoders",
-    type=click.IntRange(0),
-    help="Processes that decode beside them; 0: they decode. [beside GPUs, every CPU left; else 0]",
-)
-@click.option(
-    "--row-timeout",
-    type=click.FloatRange(0.1),
-    default=60.0,
-    show_default=True,
-    metavar="SECONDS",
-    help="A picture that takes longer to decode is set aside.",
-)
-@_columns
+@scoring
+@columns
 @as_json
 @endpoint
 def score(
@@ -298,6 +257,71 @@ def verify(out: str, deep: bool, to_json: bool) -> int:
             f"{verdict.scored:,} scored + {verdict.set_aside:,} set aside"
         )
     return 0 if verdict.ok else 1
+
+
+@cli.command()
+@click.argument("out")
+@reasons_asked
+@click.option("--examples", type=click.IntRange(0), default=3, help="Rows to show of each reason.")
+@click.option("--export", "dest", metavar="DIR", help="Write the pairs and a manifest.csv there.")
+@as_json
+@endpoint
+def rejects(
+    out: str, reasons: Sequence[str], examples: int, dest: str | None, to_json: bool
+) -> None:
+    """List what OUT has set aside, by reason.
+
+    With --export, hand out the pairs as the archive holds them: WebDataset tars, in which a pair is
+    called <ordinal of its shard>-<row>, and manifest.csv, which says what each is.
+    """
+    from mmray.report.export import export
+    from mmray.report.rejects import find
+
+    found = find(out, reasons=reasons, examples=examples)
+    handed = None
+    if dest is not None:
+        tally = Tally(Console(), "pairs exported")
+        handed = export(out, dest, reasons=reasons, progress=tally)
+        tally.end()
+    if to_json:
+        _print_json(found.to_json() | {"export": handed and handed.to_json()})
+    else:
+        click.echo("\n".join(str(part) for part in (found, handed) if part is not None))
+
+
+@cli.command()
+@click.argument("out")
+@reasons_asked
+@scoring
+@as_json
+@endpoint
+def retry(
+    out: str,
+    reasons: Sequence[str],
+    max_errors: str | None,
+    actors: int | None,
+    decoders: int | None,
+    row_timeout: float,
+    to_json: bool,
+) -> None:
+    """Score again what OUT has set aside, with the bundle and the archive of its run.
+
+    Rows that can be scored now get their scores, the others their new reason; all else stays as it
+    is. Stopped for whatever reason, the same command goes on.
+    """
+    from mmray.engine.retry import retry as run_retry
+
+    summary = run_retry(
+        out,
+        Console(),
+        reasons=reasons,
+        max_errors=_share(max_errors),
+        actors=actors,
+        decoders=decoders,
+        row_seconds=row_timeout,
+    )
+    if to_json:
+        _print_json(summary)
 
 
 @cli.command()

@@ -3,6 +3,7 @@
 OUT/scores/<shard>.parquet      a finished shard; that it exists is the commit record
 OUT/_run/run.json               what was asked, written before the first row is read
 OUT/_run/parts/<shard>/<a>-<b>.parquet   scored rows [a, b) of a shard still in work
+OUT/_run/retry/<id>/            the same of a retry; no other command takes it up
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -263,11 +265,19 @@ def commit(out: str, run: Run, target: Target, total: int, problem: str | None) 
     """
     path = target.shard.path
     merged = _merge(out, path, covered_shard(out, path), total, run.schema())
-    record = _record(run, target, merged, problem)
-    metadata = {METADATA_KEY: json.dumps(asdict(record), ensure_ascii=False).encode()}
-    data = _to_bytes(merged.replace_schema_metadata(metadata))
-    storage.write_bytes(scores_uri(out, path), data)
+    record = put_scores(out, run, target, merged, problem)
     drop_parts(out, path)
+    return record
+
+
+def put_scores(
+    out: str, run: Run, target: Target, scores: pa.Table, problem: str | None
+) -> ShardRecord:
+    """Write a shard's score file and its record, counted from ``scores``, in one atomic put."""
+    record = _record(run, target, scores, problem)
+    metadata = {METADATA_KEY: json.dumps(asdict(record), ensure_ascii=False).encode()}
+    data = _to_bytes(scores.replace_schema_metadata(metadata))
+    storage.write_bytes(scores_uri(out, target.shard.path), data)
     return record
 
 
@@ -371,3 +381,18 @@ def opened(uri: str) -> Iterator[pq.ParquetFile]:
 
 def record_of(file: pq.ParquetFile) -> ShardRecord:
     return ShardRecord(**json.loads((file.schema_arrow.metadata or {})[METADATA_KEY]))
+
+
+def committed(
+    out: str, run: Run, look: Callable[[ShardRecord], T]
+) -> Iterator[tuple[int, Target, T]]:
+    """Every committed shard of the run in order: its place in the listing, and what ``look`` makes
+    of its record, which is read from its footer; many at once."""
+    done = run.targets.among(done_shards(out))
+    places = np.flatnonzero(done).tolist()
+
+    def found(target: Target) -> tuple[Target, T]:
+        return target, look(read_record(scores_uri(out, target.shard.path)))
+
+    for place, (target, seen) in zip(places, each(found, run.targets.take(done)), strict=True):
+        yield place, target, seen

@@ -13,7 +13,7 @@ from mmray import cli, config
 from mmray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("pack", "inspect", "train", "evaluate", "score", "verify", "demo")
+VERBS = ("pack", "inspect", "train", "evaluate", "score", "verify", "rejects", "retry", "demo")
 
 
 def test_every_verb_has_help_that_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,6 +53,8 @@ def test_a_shipped_config_needs_only_an_archive_and_a_place(path: Path) -> None:
         (["train", "{config}"], 2, ["data.archive", "--set"]),
         (["train", "{config}", "--set", "data.archive=none", "--set", "out=o"], 2, ["none"]),
         (["verify", "none"], 2, ["none", "no scoring run"]),
+        (["rejects", "none"], 2, ["none", "no scoring run"]),
+        (["retry", "none"], 2, ["none", "no scoring run"]),
         (["score", "none", "none", "--out", "o"], 2, ["none", "no bundle"]),
         (["score", "b", "a", "--out", "o", "--max-errors", "many"], 2, ["'many'", "0.1%"]),
         (["inspect", "none"], 2, ["none", "no such directory"]),

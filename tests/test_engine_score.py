@@ -23,7 +23,7 @@ from mmray import bundle as bundles
 from mmray import ledger, storage, targets
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
-from mmray.engine import dataflow, guard
+from mmray.engine import dataflow, guard, passes
 from mmray.engine import score as engine
 from mmray.engine.decoder import Decoder
 from mmray.engine.pieces import Piece, Plan
@@ -148,7 +148,7 @@ class TestOneRun:
         monkeypatch.setattr(targets, "PART_BYTES", 1000)
         read: list[Piece] = []
         monkeypatch.setattr(
-            engine, "Plan", lambda pieces: Plan(read.append(p) or p for p in pieces)
+            passes, "Plan", lambda pieces: Plan(read.append(p) or p for p in pieces)
         )
         run(bundle, root, tmp_path / "out")
         assert content(tmp_path / "out") == expected(bundle, root)

@@ -227,10 +227,8 @@ def _prepare(opened: Table | _Archive, dest: str, overwrite: bool) -> None:
     """Nothing may stand where the shards go: old ones would be taken for part of the archive."""
     if kind_of(dest) is not None or (not storage.is_s3(dest) and Path(dest).is_file()):
         raise ConfigError(f"{dest}: names a file; give a directory or s3:// prefix for the shards")
-    if isinstance(opened, _Archive):
-        a, b = _real(opened.uri), _real(dest)
-        if f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/"):
-            raise ConfigError(f"{dest}: overlaps the source {opened.uri}; choose another place")
+    if isinstance(opened, _Archive) and overlaps(opened.uri, dest):
+        raise ConfigError(f"{dest}: overlaps the source {opened.uri}; choose another place")
     try:
         first = next(iter(list_shards(dest)), None)
     except NotFound:
@@ -243,6 +241,12 @@ def _prepare(opened: Table | _Archive, dest: str, overwrite: bool) -> None:
         raise ConfigError(f"{dest}: already holds shards ({first.path}); choose an empty place")
     for shard in list(list_shards(dest)):
         storage.delete(storage.join(dest, shard.path))
+
+
+def overlaps(one: str, other: str) -> bool:
+    """Whether either place is the other, or lies in it."""
+    a, b = _real(one), _real(other)
+    return f"{a}/".startswith(f"{b}/") or f"{b}/".startswith(f"{a}/")
 
 
 def _real(uri: str) -> str:

@@ -101,10 +101,11 @@ def from_table(table: pa.Table) -> list[Sample]:
 
 
 def chunks(
-    stream: Iterable[Sample | ShardEnd], max_rows: int, max_bytes: int
+    stream: Iterable[Sample | ShardEnd], max_rows: int, max_bytes: int, *, scattered: bool = False
 ) -> Iterator[list[Sample] | ShardEnd]:
     """Group a shard's samples into chunks: consecutive rows, at most ``max_rows`` of them, closed
-    early once they hold ``max_bytes`` of image data or the next row does not follow.
+    early once they hold ``max_bytes`` of image data or the next row does not follow. Chunks of
+    ``scattered`` rows go on where others are left out.
 
     The first chunk of a shard has at most ``FIRST_ROWS``, so that something is done soon. Where a
     chunk starts fixes where it ends, so a shard that is read again is cut alike.
@@ -114,7 +115,7 @@ def chunks(
     for item in stream:
         most = max_rows if not held or held[0].row else min(max_rows, FIRST_ROWS)
         full = len(held) >= most or size >= max_bytes
-        if held and (full or isinstance(item, ShardEnd) or item.row != held[-1].row + 1):
+        if held and (full or isinstance(item, ShardEnd) or not (scattered or _follows(held, item))):
             yield held
             held, size = [], 0
         if isinstance(item, ShardEnd):
@@ -124,6 +125,10 @@ def chunks(
             size += len(item.image or b"")
     if held:
         raise AssertionError("a shard's stream must be closed by a ShardEnd")
+
+
+def _follows(held: Sequence[Sample], item: Sample) -> bool:
+    return item.row == held[-1].row + 1
 
 
 def probability_columns(labels: Sequence[str]) -> list[str]:

@@ -58,11 +58,11 @@ class TarWriter:
         if pair.error is not None:
             fields[PACK_ERROR] = whole_text(pair.error)
         if pair.image is not None:
-            self._member(f"{name}.{_image_extension(pair)}", pair.image)
+            self.member(f"{name}.{image_extension(pair.suffix, pair.image)}", pair.image)
         if pair.caption is not None:
-            self._member(f"{name}.txt", pair.caption.encode())
+            self.member(f"{name}.txt", pair.caption.encode())
         if fields or (pair.image is None and pair.caption is None):
-            self._member(f"{name}.json", json.dumps(fields, ensure_ascii=False).encode())
+            self.member(f"{name}.json", json.dumps(fields, ensure_ascii=False).encode())
 
     def close(self) -> None:
         self._file.write(b"\0" * (2 * tarfile.BLOCKSIZE))
@@ -79,7 +79,8 @@ class TarWriter:
         self._keys.add(name)
         return name
 
-    def _member(self, name: str, data: bytes) -> None:
+    def member(self, name: str, data: bytes) -> None:
+        """One file of the tar, under a name that is not from outside."""
         info = tarfile.TarInfo(name)  # mtime, uid, gid 0: the same pairs give the same bytes
         info.size = len(data)
         self._file.write(info.tobuf(tarfile.PAX_FORMAT))
@@ -165,12 +166,11 @@ def _type(kinds: set[str]) -> pa.DataType:
     return pa.float64() if kinds and kinds <= {"int", "float"} else pa.string()
 
 
-def _image_extension(pair: Pair) -> str:
-    """From the file's name, else from its content; jpg for what nobody knows, so that readers see
-    an image to set aside."""
-    if pair.suffix in IMAGE_EXTENSIONS:
-        return pair.suffix
-    image = pair.image or b""
+def image_extension(suffix: str, image: bytes) -> str:
+    """That of the file's name, else from its content; jpg for what nobody knows, so that readers
+    see an image to set aside."""
+    if suffix in IMAGE_EXTENSIONS:
+        return suffix
     if image[:4] == b"RIFF" and image[8:12] == b"WEBP":
         return "webp"
     if image[4:12] in (b"ftypavif", b"ftypavis"):

@@ -62,6 +62,7 @@ class ReadOptions:
     images: bool = True
     chunk_rows: int = CHUNK_ROWS
     chunk_bytes: int = CHUNK_BYTES
+    scattered: bool = False  # chunks go on over rows that are left out
 
 
 def chunks_dataset(
@@ -188,7 +189,7 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
     )
     began = time.perf_counter()
     chunk_rows = piece.chunk_rows or options.chunk_rows
-    for chunk in rows.chunks(stream, chunk_rows, options.chunk_bytes):
+    for chunk in rows.chunks(stream, chunk_rows, options.chunk_bytes, scattered=options.scattered):
         if isinstance(chunk, rows.ShardEnd):
             if piece.whole:
                 yield _row(piece, chunk.rows, total=chunk.rows, problem=chunk.problem)

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmray.engine.pieces import Piece
-from mmray.ledger import Interval
+from mmray.ledger import Interval, joined
 
 DEATHS = 2  # a row that takes a worker with it twice, alone, is set aside
+WORKER_DIED = "worker died"  # the reason it is given
 
 
 class Witness:
@@ -43,10 +43,10 @@ def call_witness() -> Any:
 
 
 class Losses:
-    """What is known of the rows that were lost."""
+    """What is known of the rows that were lost; ``suspects`` from before, by shard."""
 
-    def __init__(self) -> None:
-        self._suspects: dict[str, set[int]] = {}
+    def __init__(self, suspects: Mapping[str, Iterable[int]]) -> None:
+        self._suspects = {shard: set(rows) for shard, rows in suspects.items()}
         self._deaths: Counter[tuple[str, int]] = Counter()
 
     @property
@@ -61,11 +61,12 @@ class Losses:
         except ray.exceptions.RayActorError:
             return  # it died with its node: nothing is learned, the next pass has another
         for shard, start, stop in begun:
-            if not any(a <= start and stop <= b for a, b in lost.get(shard, ())):
+            left = {row for row in _rows(lost.get(shard, ())) if start <= row < stop}
+            if start not in left:
                 continue
             if stop - start == 1:
                 self._deaths[shard, start] += 1
-            self._suspects.setdefault(shard, set()).update(range(start, stop))
+            self._suspects.setdefault(shard, set()).update(left)
 
     def guilty(self, shard: str, lost: Iterable[Interval]) -> list[int]:
         return [row for row in _rows(lost) if self._deaths[shard, row] >= DEATHS]
@@ -74,16 +75,12 @@ class Losses:
         """The lost rows to run again ``of`` a whole shard: suspects one by one, others in chunks as
         before."""
         suspects = self._suspects.get(of.shard.path, set())
-        for start, stop in lost:
-            begin = start
-            for row in range(start, stop):
-                last = row + 1 == stop
-                if last or (row in suspects) != (row + 1 in suspects):
-                    rows_each = 1 if row in suspects else None
-                    yield replace(
-                        of, start=begin, stop=row + 1, covered=(), whole=False, chunk_rows=rows_each
-                    )
-                    begin = row + 1
+        alone = joined((row, row + 1) for row in _rows(lost) if row in suspects)
+        others = joined((row, row + 1) for row in _rows(lost) if row not in suspects)
+        if alone:
+            yield of.only(alone, chunk_rows=1)
+        if others:
+            yield of.only(others)
 
 
 def _rows(intervals: Iterable[Interval]) -> Iterator[int]:

@@ -6,6 +6,7 @@ Held as columns, so that a plan of a million shards stays within some tens of me
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from mmray.archive.cuts import Cut, find_cuts
 from mmray.archive.shards import Shard, kind_of
+from mmray.ledger import Interval, gaps
 from mmray.targets import BATCH, Targets, batched
 
 STRIP_PIECES = 64
@@ -36,7 +38,8 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows ``[start, stop)`` of a shard (None: to its end), less the intervals already covered.
+    """Rows ``[start, stop)`` of a shard (None: to its end), less the intervals already covered,
+    which are sorted and apart.
 
     ``index`` is the caller's number for the shard; every chunk of it carries it. A ``whole`` piece
     reports the shard's total when it ends; a part of one does not know it. ``chunk_rows`` is for
@@ -53,7 +56,16 @@ class Piece:
     byte: int = 0
 
     def skips(self, row: int) -> bool:
-        return any(start <= row < stop for start, stop in self.covered)
+        at = bisect_right(self.covered, row, key=lambda interval: interval[0])
+        return at > 0 and row < self.covered[at - 1][1]
+
+    def only(self, rows: Sequence[Interval], chunk_rows: int | None = None) -> Piece:
+        """These rows of the shard and no other, given as sorted intervals."""
+        start, stop = rows[0][0], rows[-1][1]
+        others = tuple(gaps(rows, start, stop))
+        return replace(
+            self, start=start, stop=stop, covered=others, whole=False, chunk_rows=chunk_rows
+        )
 
     def cut(self, cuts: Sequence[Cut]) -> Iterator[Piece]:
         """A whole piece as several; the last tells the total. What is covered is left out."""

@@ -25,6 +25,7 @@ from mmray.targets import Target, Targets
 COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
 
 #: One a chunk, and one for the end of every shard (``total`` set). ``failure`` stops the run.
+#: ``covers``: the chunk's rows, as the starts and stops of intervals.
 RECEIPT_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -34,6 +35,7 @@ RECEIPT_SCHEMA = pa.schema(
         ("total", pa.int64()),
         ("problem", pa.string()),
         ("failure", pa.string()),
+        ("covers", pa.list_(pa.int64())),
         ("set_aside", pa.int64()),
         ("bytes", pa.int64()),
         ("read_s", pa.float64()),
@@ -124,7 +126,9 @@ class Scorer:
         began = time.perf_counter()
         first, last = samples[0], samples[-1]
         ledger.write_part(self._out, first.shard, first.row, last.row + 1, scored.table)
+        covers = ledger.joined((sample.row, sample.row + 1) for sample in samples)
         return {
+            "covers": [row for interval in covers for row in interval],
             "set_aside": len(samples) - scored.table.column(rows.ERROR).null_count,
             "predict_s": scored.seconds_predict,
             "write_s": time.perf_counter() - began,
@@ -141,8 +145,8 @@ class Committer:
         return ledger.commit(self._out, self._run, target, total, problem)
 
 
-def start_committer(out: str, run: ledger.Run) -> Any:
-    """A committer that takes no CPU of its own: it mostly waits for storage."""
-    actor = ray.remote(num_cpus=0)(Committer)
+def start_committer(kind: type, out: str, run: ledger.Run, *more: Any) -> Any:
+    """An actor of this kind that takes no CPU of its own: it mostly waits for storage."""
+    actor: Any = ray.remote(num_cpus=0)(kind)
     options = {"max_concurrency": COMMITS_AT_ONCE, "max_restarts": -1, "max_task_retries": -1}
-    return actor.options(**options).remote(out, replace(run, targets=Targets.of(())))
+    return actor.options(**options).remote(out, replace(run, targets=Targets.of(())), *more)
