@@ -41,7 +41,7 @@ def out(tmp_path: Path) -> str:
 
 
 def recommit(out: str, *reasons: str) -> ledger.ShardRecord:
-    problem = ledger.read_record(ledger.scores_uri(out, SHARD.shard.path))[0].problem
+    problem = ledger.read_record(ledger.scores_uri(out, SHARD.shard.path)).problem
     return rejects.recommit(out, RUN, SHARD, out + "/try", reasons, problem)
 
 
@@ -108,5 +108,5 @@ def test_reasons_are_asked_for_by_how_they_begin(out: str) -> None:
 
     assert found() == [1, 4, 5] and found("image") == [4] and found("no", "worker") == [1, 5]
     assert found("cut") == []
-    record, _ = ledger.read_record(ledger.scores_uri(out, SHARD.shard.path))
+    record = ledger.read_record(ledger.scores_uri(out, SHARD.shard.path))
     assert rejects.counted(record, ["image"]) == {"image truncated": 1}
