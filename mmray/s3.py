@@ -1,6 +1,7 @@
 """S3 over HTTP: the one client, a stream that survives its connection, errors in our own words.
 
-The only owner of boto3; ``storage`` is the door to it.
+The only owner of boto3; ``storage`` is the door to it. botocore sends a request once; ``backoff``
+says whether to ask again, ``throttle`` how fast.
 """
 
 from __future__ import annotations
@@ -10,18 +11,16 @@ import io
 import os
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
-from mmray.errors import Conflict, NotFound, StorageError
+from mmray import backoff
+from mmray.errors import Conflict, StorageError
+from mmray.refusals import LIST, S3, Translated, attempts_of, code_of, status_of, translate
+from mmray.throttle import LIMITER
 
-S3 = "s3://"
-ATTEMPTS = 8
 SKIP_BYTES = 1 << 20  # a seek forward this short is read through; a longer one asks again
 PIECE_BYTES = 1 << 16  # read at once from a connection: what a drop can cost
-
-
-def is_s3(uri: str) -> bool:
-    return uri.startswith(S3)
 
 
 def client() -> Any:
@@ -40,7 +39,7 @@ def _client(endpoint: str | None) -> Any:
 
     # Trailing checksums, the SDK's default since 2025, are refused by several S3 clones (411).
     config = Config(
-        retries={"mode": "standard", "max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": 1},
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"addressing_style": "path"} if endpoint else {},
@@ -48,7 +47,65 @@ def _client(endpoint: str | None) -> Any:
         connect_timeout=10,
         read_timeout=60,
     )
-    return boto3.session.Session().client("s3", config=config)
+    made = boto3.session.Session().client("s3", config=config)
+    made.meta.events.register("before-send.s3", _before_send)
+    made.meta.events.register("needs-retry.s3", _needs_retry)
+    return made
+
+
+def _before_send(**_: Any) -> None:
+    """botocore calls this before every attempt, from the thread that makes it."""
+    LIMITER.wait()
+
+
+def _needs_retry(
+    *,
+    response: tuple[Any, dict[str, Any]] | None,
+    operation: Any,
+    attempts: int,
+    caught_exception: Exception | None,
+    request_dict: dict[str, Any],
+    **_: Any,
+) -> float | None:
+    """botocore asks this after every attempt: in how many seconds to make another, if at all."""
+    if response is None:
+        cause = _broken(caught_exception)
+    else:
+        http, parsed = response
+        cause = backoff.cause(code_of(parsed), http.status_code)
+        # botocore takes an answer whose body was lost for an empty one.
+        if cause is None and operation.name == LIST and http.status_code == 200:
+            cause = None if "IsTruncated" in parsed else backoff.SHORT
+    if cause is None:
+        return None
+    context = request_dict["context"]
+    if cause == backoff.SLOW_DOWN:
+        LIMITER.refused()
+    if cause == backoff.EXPIRED:
+        context.setdefault("signing", {})["request_credentials"] = _renewed_credentials()
+    failed = context.setdefault("mmray_failed", time.monotonic())
+    return backoff.delay(cause, attempts, failed)
+
+
+def _renewed_credentials() -> Any:
+    """As the AWS chain has them now: their file may have been rewritten since, their role's keys
+    replaced. Requests to come find them too; botocore itself renews what it knows to expire."""
+    import boto3
+
+    _client.cache_clear()
+    return boto3.session.Session().get_credentials()
+
+
+def _broken(error: Exception | None) -> str | None:
+    """The cause when no answer came, or not all of it; None for what no other attempt cures."""
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, IncompleteReadError):
+        return backoff.SHORT
+    if isinstance(error, (HTTPClientError, HTTPError, OSError)):
+        return backoff.TIMEOUT if "Timeout" in type(error).__name__ else backoff.LOST
+    return None
 
 
 def split(uri: str) -> tuple[str, str]:
@@ -59,23 +116,67 @@ def split(uri: str) -> tuple[str, str]:
 
 
 def list_page(root: str, request: dict[str, str]) -> dict[str, Any]:
-    """One LIST answer, whole: botocore takes an answer whose body was lost for an empty one, which
-    would end the listing early and in silence."""
-    for attempt in range(1, ATTEMPTS + 1):
-        with Translated(root):
-            page: dict[str, Any] = client().list_objects_v2(**request)
-        if "IsTruncated" in page:
-            return page
-        time.sleep(min(0.1 * 2**attempt, 10))
-    raise StorageError(f"{root}: S3 answers LIST requests with empty bodies")
+    """One LIST answer, whole: an empty one would end the listing early and in silence."""
+    with Translated(root):
+        page: dict[str, Any] = client().list_objects_v2(**request)
+    if "IsTruncated" not in page:
+        raise StorageError(f"{root}: S3 answers LIST requests with empty bodies; try again later")
+    return page
 
 
 def head(uri: str) -> tuple[int, str]:
     """Size in bytes and ETag of an object. Raises NotFound."""
+    from botocore.exceptions import ClientError
+
     bucket, key = split(uri)
     with Translated(uri):
-        found = client().head_object(Bucket=bucket, Key=key)
+        try:
+            found = client().head_object(Bucket=bucket, Key=key)
+        except ClientError as error:
+            if status_of(error) not in (400, 403):
+                raise
+            # An answer to HEAD cannot say what is wrong; one to GET does, and is asked again where
+            # that may help.
+            found = client().get_object(Bucket=bucket, Key=key)
+            found["Body"].close()
     return found["ContentLength"], found["ETag"].strip('"')
+
+
+def put(uri: str, data: bytes, *, if_absent: bool) -> None:
+    """Write an object whole; with ``if_absent``, raise Conflict if somebody else wrote it."""
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(uri)
+    extra = {"IfNoneMatch": "*"} if if_absent else {}
+    with Translated(uri):
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=data, **extra)
+        except ClientError as error:
+            # The answer to a put that succeeded may be lost; asked again, S3 finds our own object.
+            if status_of(error) != 412 or attempts_of(error) == 1:
+                raise
+            with Stream(uri, None) as there:
+                if there.readall() != data:
+                    raise
+
+
+def upload(uri: str, source: Path) -> None:
+    """Write a file as an object, in several parts where it is large."""
+    from boto3.exceptions import S3UploadFailedError
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(uri)
+    for last in (False, True):
+        with Translated(uri):
+            try:
+                client().upload_file(str(source), bucket, key)
+                return
+            except S3UploadFailedError as error:
+                # An upload whose completion was not answered is unknown when asked again.
+                why = error.__context__
+                unknown = isinstance(why, ClientError) and code_of(why.response) == "NoSuchUpload"
+                if last or not unknown:
+                    raise
 
 
 class Stream(io.RawIOBase):
@@ -86,7 +187,9 @@ class Stream(io.RawIOBase):
         self._bucket, self._key = split(uri)
         self._size, self._etag = head(uri)
         if etag is not None and self._etag != etag:
-            raise Conflict(f"{uri}: changed since it was listed; list the archive again")
+            raise Conflict(
+                f"{uri}: changed since it was listed (its ETag was {etag}, now it is {self._etag})"
+            )
         self._position = 0
         self._body: Any = None
 
@@ -115,20 +218,34 @@ class Stream(io.RawIOBase):
         want = min(len(buffer), self._size - self._position)
         if want <= 0:
             return 0
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                data = self._open_body().read(min(want, PIECE_BYTES))
-                if not data:
-                    raise ConnectionError(f"body ended at byte {self._position} of {self._size}")
-                break
-            except Exception as error:
-                self._drop()
-                if attempt == ATTEMPTS or not _worth_retrying(error):
-                    raise translate(error, self._uri) from error
-                time.sleep(min(0.1 * 2**attempt, 10))
+        data = self._read(min(want, PIECE_BYTES))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _read(self, size: int) -> bytes:
+        """Some bytes from here on; where the connection breaks, from another one."""
+        from botocore.exceptions import BotoCoreError
+        from urllib3.exceptions import HTTPError
+
+        attempt, failed = 0, 0.0
+        while True:
+            with Translated(self._uri):
+                body = self._open_body()
+            try:
+                data: bytes = body.read(size)
+                if data:
+                    return data
+                raise ConnectionError(f"body ended at byte {self._position} of {self._size}")
+            except (BotoCoreError, HTTPError, OSError) as error:
+                self._drop()
+                attempt += 1
+                failed = failed or time.monotonic()
+                cause = _broken(error)
+                wait = None if cause is None else backoff.delay(cause, attempt, failed)
+                if wait is None:
+                    raise translate(error, self._uri) from error
+            time.sleep(wait)
 
     def close(self) -> None:
         self._drop()
@@ -151,59 +268,3 @@ class Stream(io.RawIOBase):
         if self._body is not None:
             self._body.close()
             self._body = None
-
-
-def _worth_retrying(error: Exception) -> bool:
-    """Connections break; an answer that says no stays no (boto3 has retried 5xx by itself)."""
-    from botocore.exceptions import ClientError, NoCredentialsError
-
-    return not isinstance(error, (ClientError, NoCredentialsError, StorageError))
-
-
-class Translated:
-    """Foreign errors, a file system's too, leave ``storage`` as ours, naming the object."""
-
-    def __init__(self, uri: str) -> None:
-        self._uri = uri
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, StorageError):
-            translated = translate(error, self._uri)
-            if translated is not error:
-                raise translated from error
-
-
-def translate(error: Exception, uri: str) -> Exception:
-    if isinstance(error, FileNotFoundError):
-        return NotFound(f"{uri}: no such file")
-    if isinstance(error, OSError) and not is_s3(uri):
-        return StorageError(f"{uri}: {error.strerror or error}")
-    if not is_s3(uri) or isinstance(error, StorageError):
-        return error
-    from boto3.exceptions import Boto3Error, S3UploadFailedError
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
-    if isinstance(error, ClientError):
-        code = str(error.response.get("Error", {}).get("Code", ""))
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-        if code in ("404", "NoSuchKey", "NoSuchBucket") or status == 404:
-            what = "no such bucket" if code == "NoSuchBucket" else "no such object"
-            return NotFound(f"{uri}: {what}")
-        if status == 412:
-            return Conflict(f"{uri}: changed, or written by another process (HTTP 412)")
-        return StorageError(f"{uri}: S3 refused {error.operation_name}: {code} (HTTP {status})")
-    if isinstance(error, NoCredentialsError):
-        return StorageError(
-            f"{uri}: no AWS credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE, or give the machine a role"
-        )
-    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, ClientError):
-        return translate(error.__context__, uri)
-    if isinstance(error, (Boto3Error, BotoCoreError, OSError)) or type(error).__module__.startswith(
-        "urllib3"
-    ):
-        return StorageError(f"{uri}: {type(error).__name__}: {error}")
-    return error

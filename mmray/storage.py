@@ -18,7 +18,8 @@ from typing import Any
 
 from mmray import s3
 from mmray.errors import Conflict, NotFound
-from mmray.s3 import Translated, client, is_s3, split
+from mmray.refusals import Translated, is_s3
+from mmray.s3 import client, split
 
 __all__ = [
     "Object",
@@ -142,9 +143,10 @@ def open_read(uri: str, etag: str | None = None, buffer: int = BUFFER_BYTES) -> 
         return io.BufferedReader(s3.Stream(uri, etag), buffer)
     with Translated(uri):
         handle: io.BufferedReader = io.BufferedReader(_LocalStream(uri), buffer)
-    if etag is not None and _local_etag(os.fstat(handle.fileno())) != etag:
+    now = _local_etag(os.fstat(handle.fileno()))
+    if etag is not None and now != etag:
         handle.close()
-        raise Conflict(f"{uri}: changed since it was listed; list the archive again")
+        raise Conflict(f"{uri}: changed since it was listed (its ETag was {etag}, now it is {now})")
     return handle
 
 
@@ -171,10 +173,7 @@ class _LocalStream(io.FileIO):
 def write_bytes(uri: str, data: bytes, *, if_absent: bool = False) -> None:
     """Write one object whole or not at all; with ``if_absent``, raise Conflict if it is there."""
     if is_s3(uri):
-        bucket, key = split(uri)
-        extra = {"IfNoneMatch": "*"} if if_absent else {}
-        with Translated(uri):
-            client().put_object(Bucket=bucket, Key=key, Body=data, **extra)
+        s3.put(uri, data, if_absent=if_absent)
         return
     with Translated(uri), _Aside(Path(uri)) as aside:
         aside.write_bytes(data)
@@ -184,9 +183,7 @@ def write_bytes(uri: str, data: bytes, *, if_absent: bool = False) -> None:
 def write_file(uri: str, source: Path) -> None:
     """Copy a local file to ``uri``, whole or not at all (multipart on S3 where it is large)."""
     if is_s3(uri):
-        bucket, key = split(uri)
-        with Translated(uri):
-            client().upload_file(str(source), bucket, key)
+        s3.upload(uri, source)
         return
     with Translated(uri), _Aside(Path(uri)) as aside:
         with open(source, "rb") as read, open(aside, "wb") as write:

@@ -44,6 +44,9 @@ ROOMS = (
     "storage",
     "memory",
     "s3",
+    "throttle",
+    "refusals",
+    "backoff",
     "config",
     "errors",
 )

@@ -61,7 +61,7 @@ def test_retried_rows_take_their_place_and_all_others_stay(out: str) -> None:
     tried(out, [1, 5], {5: "no image"})
     tried(out, [4], {4: "image corrupt: still"})
     record = recommit(out)
-    assert ledger.read_record(ledger.scores_uri(out, SHARD.shard.path)) == (record, 8)
+    assert ledger.read_record(ledger.scores_uri(out, SHARD.shard.path)) == record
     assert (record.rows, record.scored, record.set_aside) == (8, 6, 2)
     assert record.reasons == {"image corrupt": 1, "no image": 1}
     assert record.labels == {"cat": 6} and record.problem == "no end-of-archive marker"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mmray import s3, storage
+from mmray import backoff, storage
 from mmray.errors import Conflict, NotFound, StorageError
 
 AWKWARD_NAMES = [
@@ -223,7 +223,7 @@ def test_s3_trouble_is_a_storage_error(
             write()
     with pytest.raises(StorageError, match="not of the form"):
         storage.stat("s3://")
-    monkeypatch.setattr(s3, "ATTEMPTS", 1)
+    monkeypatch.setattr(backoff, "ATTEMPTS", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody listens there
     with pytest.raises(StorageError, match=r"s3://b/x: .*127\.0\.0\.1:9"):
         storage.stat("s3://b/x")

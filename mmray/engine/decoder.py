@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from mmray.archive import rows
-from mmray.engine import guard, ingest
+from mmray.engine import guard, ingest, pace
 from mmray.errors import MmrayError
 from mmray.preprocess import Prepared, Preprocessor
 
@@ -53,6 +53,7 @@ class Decoder:
 
         torch.set_num_threads(1)
         guard.limit_memory()
+        pace.share()
         self._witness = witness
         self._refusal: str | None = None
         try:
@@ -68,6 +69,7 @@ class Decoder:
     def _table(self, record: dict[str, Any], samples: list[rows.Sample] | None) -> pa.Table:
         began = time.perf_counter()
         record["failure"] = record["failure"] or self._refusal
+        record["retries"] = ingest.counted(record["retries"])
         columns = {f.name: pa.array([record.get(f.name)], f.type) for f in DECODED_SCHEMA}
         if samples is not None and self._refusal is None:
             if self._witness is not None:

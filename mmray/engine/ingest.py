@@ -12,7 +12,8 @@ from __future__ import annotations
 import functools
 import gc
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,16 +25,19 @@ from ray.data.datasource import Datasource, ReadTask
 
 from mmray.archive import rows
 from mmray.archive.shards import read_shard
+from mmray.backoff import COUNTS
 from mmray.config import Columns
-from mmray.engine import readahead
+from mmray.engine import pace, readahead
 from mmray.engine.pieces import Piece, Plan, Strip
-from mmray.errors import StorageError
+from mmray.errors import Conflict, StorageError
 from mmray.memory import keep_freed_memory
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
 FORGET_AFTER = 100  # blocks
 READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
+
+RETRIES = pa.map_(pa.string(), pa.int64())  # cause -> S3 requests asked again, see ``counted``
 
 #: One chunk (``samples`` set, of ``bytes`` in memory), the end of a shard (``total`` set) or a
 #: failed read (``failure``).
@@ -49,6 +53,7 @@ CHUNKS_SCHEMA = pa.schema(
         ("failure", pa.string()),
         ("bytes", pa.int64()),
         ("read_s", pa.float64()),
+        ("retries", RETRIES),
     ]
 )
 
@@ -95,18 +100,22 @@ def chunks_dataset(
 @contextmanager
 def running(dataset: ray.data.Dataset) -> Iterator[Iterator[pa.Table]]:
     """The dataset's blocks as they come; leaving ends its tasks and actors, however far it came."""
+    blocks = _forgetting(
+        dataset,
+        dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0),
+    )
     try:
-        yield _forgetting(
-            dataset,
-            dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0),
-        )
+        yield blocks
     finally:
+        blocks.close()  # while Ray is there; an error's traceback would keep it beyond that
         if dataset._current_executor is not None:
             dataset._current_executor.shutdown(force=True)
         gc.collect()  # a pool's actors hold their CPUs until the last handle is gone
 
 
-def _forgetting(dataset: ray.data.Dataset, batches: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def _forgetting(
+    dataset: ray.data.Dataset, batches: Iterable[pa.Table]
+) -> Generator[pa.Table, None, None]:
     """``batches``. Ray Data keeps figures of every block for a report of its own, a kilobyte each:
     over a long run's millions they are dropped."""
     for number, batch in enumerate(batches, 1):
@@ -168,9 +177,15 @@ class _Pieces(Datasource):
 
 def _read_strip(root: str, strip: Strip, options: ReadOptions) -> Iterator[pa.Table]:
     keep_freed_memory()
+    pace.share()
     for piece in strip:
         try:
             yield from _read_piece(root, piece, options)
+        except Conflict as error:
+            advice = (
+                "put the listed version back, or take another output for the archive as it is now"
+            )
+            yield _row(piece, failure=f"{error}; {advice}")
         except StorageError as error:
             yield _row(piece, failure=str(error))
 
@@ -215,12 +230,19 @@ def _row(
     begins, ends = start, start if stop is None else stop
     size = 0 if samples is None else samples.nbytes
     where = [piece.shard.path, piece.index, begins, ends]
-    values = [*where, None, total, problem, failure, size, read_s]
+    values = [*where, None, total, problem, failure, size, read_s, counted()]
     arrays = [pa.array([v], type=f.type) for v, f in zip(values, CHUNKS_SCHEMA, strict=True)]
     if samples is not None:
         at = CHUNKS_SCHEMA.get_field_index("samples")
         arrays[at] = one_list(*samples.to_struct_array().chunks)
     return pa.Table.from_arrays(arrays, schema=CHUNKS_SCHEMA)
+
+
+def counted(before: Iterable[tuple[str, int]] | None = None) -> list[tuple[str, int]]:
+    """This process's retries since they were last counted, added to what a row carries of them."""
+    counts = Counter(dict(before or ()))
+    counts.update(COUNTS.take())
+    return list(counts.items())
 
 
 def one_list(values: pa.Array) -> pa.Array:

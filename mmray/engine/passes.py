@@ -20,7 +20,8 @@ import ray
 from mmray import ledger
 from mmray.archive import rows
 from mmray.archive.shards import read_shard
-from mmray.engine import cluster
+from mmray.backoff import COUNTS
+from mmray.engine import cluster, pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.dataflow import scored
 from mmray.engine.ingest import ReadOptions, running
@@ -62,17 +63,6 @@ class InWork:
 
     def complete(self) -> bool:
         return self.total is not None and self.rows >= self.total and not self.missing()
-
-
-def _results(tasks: Sequence[Any]) -> list[ledger.ShardRecord]:
-    """What finished commits return; an error of ours comes as itself, without Ray's wrapping."""
-    try:
-        records: list[ledger.ShardRecord] = ray.get(tasks)
-        return records
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, MmrayError):
-            raise error.cause from None
-        raise
 
 
 class Job(ABC):
@@ -118,6 +108,7 @@ class Job(ABC):
 
     def run_to_end(self) -> None:
         resources = cluster.connect()
+        pace.share()
         # Before the first shard ends, or commits would queue up behind their start.
         count = 1 + resources.cpus // CPUS_A_COMMITTER
         self._committers = [self._start_committer() for _ in range(count)]
@@ -138,6 +129,7 @@ class Job(ABC):
                 )
         if lost is not None:
             self.meter.recovery_s = self.meter.seconds - lost
+        self.meter.retries.update(COUNTS.take())
         self._console.show(self.meter.line, force=True)
         self._console.end()
 
@@ -232,6 +224,7 @@ class Job(ABC):
                 self._lease.check()
 
     def _book(self, receipt: dict[str, Any]) -> None:
+        self.meter.retries.update(dict(receipt["retries"]))
         if receipt["failure"] is not None:
             raise MmrayError(f"{receipt['failure']}; run the same command again to go on")
         index = receipt["index"]
@@ -283,7 +276,10 @@ class Job(ABC):
                 num_returns=len(self._commits) - (leave if wait else 0),
                 timeout=1.0 if wait else 0,
             )
-            for record in _results(finished):
+            for record, retries in ray.get(finished):
+                self.meter.retries.update(retries)
+                if isinstance(record, MmrayError):
+                    raise record
                 self.meter.done_shards += 1
                 self.totals.add(record)
                 if record.problem:

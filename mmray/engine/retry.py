@@ -17,14 +17,16 @@ import numpy.typing as npt
 
 from mmray import ledger, rejects, storage
 from mmray.archive import rows
+from mmray.backoff import COUNTS, said
 from mmray.bundle import read_manifest
 from mmray.config import Columns, validate
+from mmray.engine import pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.guard import ROW_SECONDS
 from mmray.engine.losses import WORKER_DIED, Losses
 from mmray.engine.passes import InWork, Job
 from mmray.engine.pieces import Piece
-from mmray.engine.scorer import start_committer
+from mmray.engine.scorer import Committed, committed, start_committer
 from mmray.errors import ConfigError
 from mmray.lease import Lease
 from mmray.report.progress import Console, Meter, duration
@@ -56,6 +58,7 @@ def retry(
     options = ScoreOptions(
         max_errors=max_errors, actors=actors, decoders=decoders, row_seconds=row_seconds
     )
+    COUNTS.take()  # an earlier command's
     ledger.read_run(out)  # before anything is written there
     with Lease(out, console.say) as lease:
         return _retry(out, console, reasons, options, lease)
@@ -82,6 +85,8 @@ def _retry(
     totals.read(out, run.targets.take(run.targets.among(ledger.done_shards(out))), console)
     summary = write_summary(out, run, totals, job.meter)
     retried = _counts(job.meter.rows, job.meter.set_aside)
+    if job.meter.retries:
+        console.say(said(job.meter.retries))
     console.say(
         f"scored {retried['scored']:,} of {retried['rows']:,} rows tried again, set aside "
         f"{retried['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
@@ -196,6 +201,8 @@ class _Recommitter:
 
     def __init__(self, out: str, run: ledger.Run, parts: str, reasons: tuple[str, ...]) -> None:
         self._out, self._run, self._parts, self._reasons = out, run, parts, reasons
+        pace.share()
 
-    def commit(self, target: Target, total: int, problem: str | None) -> ledger.ShardRecord:
-        return rejects.recommit(self._out, self._run, target, self._parts, self._reasons, problem)
+    def commit(self, target: Target, total: int, problem: str | None) -> Committed:
+        where = self._out, self._run, target, self._parts
+        return committed(lambda: rejects.recommit(*where, self._reasons, problem))

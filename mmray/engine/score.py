@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray import ledger, storage
+from mmray.backoff import COUNTS, said
 from mmray.bundle import Manifest, read_manifest
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
@@ -38,6 +39,7 @@ def score(
     OUT belongs to another run, StorageError when storage refuses, RunError past the error budget.
     """
     bundle, archive, out = map(storage.absolute, (bundle, archive, out))
+    COUNTS.take()  # an earlier command's
     manifest = read_manifest(bundle)
     with Lease(out, console.say) as lease:
         return _score(bundle, manifest, archive, out, options, console, lease)
@@ -75,6 +77,8 @@ def _score(
         f"scored {summary['scored']:,} of {summary['rows']:,} rows, set aside "
         f"{summary['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
     )
+    if job.meter.retries:
+        console.say(said(job.meter.retries))
     return summary
 
 

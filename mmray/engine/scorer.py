@@ -7,6 +7,7 @@ parts are all there, they are merged into its score file.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,8 @@ import ray
 
 from mmray import ledger
 from mmray.archive import rows
-from mmray.engine import ingest
+from mmray.backoff import COUNTS
+from mmray.engine import ingest, pace
 from mmray.engine.decoder import PREPARED, Preparer, prepared_rows
 from mmray.engine.guard import limit_memory
 from mmray.errors import MmrayError
@@ -42,6 +44,7 @@ RECEIPT_SCHEMA = pa.schema(
         ("decode_s", pa.float64()),
         ("predict_s", pa.float64()),
         ("write_s", pa.float64()),
+        ("retries", ingest.RETRIES),
     ]
 )
 
@@ -69,6 +72,7 @@ class Scorer:
         from mmray.predict import Predictor
 
         torch.set_num_threads(threads)
+        pace.share()
         self._out, self._embeddings, self._witness = out, embeddings, witness
         self._refusal: str | None = None
         try:
@@ -119,6 +123,7 @@ class Scorer:
                 receipt |= {"decode_s": seconds} | self._score(samples, prepared)
             except MmrayError as error:
                 receipt["failure"] = str(error)
+        receipt["retries"] = ingest.counted(receipt["retries"])
         return receipt
 
     def _score(self, samples: list[rows.Sample], prepared: list[Prepared | None]) -> dict[str, Any]:
@@ -135,14 +140,31 @@ class Scorer:
         }
 
 
+Committed = tuple[ledger.ShardRecord | MmrayError, dict[str, int]]
+
+
+def committed(commit: Callable[[], ledger.ShardRecord]) -> Committed:
+    """The shard's record, or why there is none, and the S3 requests asked again by cause.
+
+    Raised in an actor, every error but the first would be printed by Ray, which nobody asked.
+    """
+    record: ledger.ShardRecord | MmrayError
+    try:
+        record = commit()
+    except MmrayError as error:
+        record = error
+    return record, COUNTS.take()
+
+
 class Committer:
     """Merges the parts of finished shards; it is called again when it dies, as commits may be."""
 
     def __init__(self, out: str, run: ledger.Run) -> None:
         self._out, self._run = out, run
+        pace.share()
 
-    def commit(self, target: Target, total: int, problem: str | None) -> ledger.ShardRecord:
-        return ledger.commit(self._out, self._run, target, total, problem)
+    def commit(self, target: Target, total: int, problem: str | None) -> Committed:
+        return committed(lambda: ledger.commit(self._out, self._run, target, total, problem))
 
 
 def start_committer(kind: type, out: str, run: ledger.Run, *more: Any) -> Any:

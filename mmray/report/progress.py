@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TextIO
@@ -101,6 +102,7 @@ class Meter:
     set_aside: int = 0
     resumed_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    retries: Counter[str] = field(default_factory=Counter)  # S3 requests asked again, by cause
     started: float = field(default_factory=time.monotonic)
     first_rows_s: float | None = None  # seconds after which the first rows came back
     recovery_s: float = 0.0  # of all seconds, those after the first pass: for what lost its worker

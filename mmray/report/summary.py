@@ -71,7 +71,8 @@ def write_summary(out: str, run: ledger.Run, totals: Totals, meter: Meter) -> di
     """Write and return the summary of a run whose committed shards come to ``totals``.
 
     The ``meter`` of this command gives its ``seconds``, after how many of them the first rows were
-    scored, the rows a second from then on, and its workers' seconds by stage.
+    scored, the rows a second from then on, its workers' seconds by stage, and the S3 requests that
+    were asked again, by cause.
     """
     return _write(out, totals.summary(run) | _times(meter))
 
@@ -86,7 +87,9 @@ def finished_summary(out: str, run: ledger.Run, console: Console) -> dict[str, A
         return before
     totals = Totals()
     totals.read(out, run.targets.take(run.targets.among(ledger.done_shards(out))), console)
-    times = {name: before.get(name) for name in TIMES} | {"stages": before.get("stages", {})}
+    times = {name: before.get(name) for name in TIMES} | {
+        name: before.get(name, {}) for name in ("stages", "retries")
+    }
     return _write(out, totals.summary(run) | times)
 
 
@@ -97,7 +100,7 @@ def _write(out: str, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-TIMES = ("seconds", "first_rows_s", "recovery_s", "rows_per_second", "stages")
+TIMES = ("seconds", "first_rows_s", "recovery_s", "rows_per_second", "stages", "retries")
 
 
 def _times(meter: Meter) -> dict[str, Any]:
@@ -107,6 +110,7 @@ def _times(meter: Meter) -> dict[str, Any]:
         round(meter.recovery_s, 3),
         round(meter.rate, 3),
         {stage: round(spent, 3) for stage, spent in meter.stages.items()},
+        dict(meter.retries.most_common()),
     )
     return dict(zip(TIMES, values, strict=True))
 
@@ -145,6 +149,7 @@ def render(summary: Mapping[str, Any]) -> str:
         _bars("Labels", summary["labels"], "label"),
         _bars("Set aside, by reason", summary["reasons"], "aside"),
         _bars("Worker seconds, by stage", summary["stages"], "stage"),
+        _bars("S3 requests asked again, by cause", summary["retries"], "aside"),
         _problems(summary["problems"]),
         "<h2>Run</h2><dl>",
         *(
