@@ -91,6 +91,7 @@ def score(url: str, name: str, share: float) -> dict[str, Any]:
         )
         seconds = time.monotonic() - began
         requests, injected = dict(proxy.requests), dict(proxy.injected)
+    tell(f"{name}: {seconds:.1f} s, {sum(requests.values())} requests, injected {injected}")
     summary = json.loads(storage.read_bytes(storage.join(out, ledger.SUMMARY)))
     return {
         "seconds": round(seconds, 1),
@@ -100,6 +101,10 @@ def score(url: str, name: str, share: float) -> dict[str, Any]:
         "retries": summary["retries"],
         "verified": verify(out).ok,
     }
+
+
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def content(name: str) -> dict[str, Any]:
@@ -168,6 +173,7 @@ def ask(url: str, limiter: str, capacity: float, seconds: float) -> dict[str, An
         failed = sum(ray.get([one.ask.remote(seconds) for one in askers]))
         arrivals = [above for at, above in proxy.arrivals if seconds / 3 < at - began < seconds]
     counted = seconds * 2 / 3
+    tell(f"limiter {limiter}: {len(arrivals)} requests, {sum(arrivals)} refused")
     return {
         "asked_per_second": round(len(arrivals) / counted, 1),
         "accepted_per_second": round(arrivals.count(False) / counted, 1),
