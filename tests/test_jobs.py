@@ -179,7 +179,7 @@ def test_the_command_of_the_readme_is_followed_and_gives_every_row(
     verdict = verify("s3://bucket/scores")
     assert verdict.ok and verdict.rows == verdict.scored == 12
     records = [ledger.read_record(f"s3://bucket/scores/scores/{i:05d}.tar.parquet") for i in (0, 1)]
-    assert [rows for _, rows in records] == [7, 5]
+    assert [record.rows for record in records] == [7, 5]
 
 
 def test_a_job_with_a_wrong_argument_fails_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
