@@ -1,6 +1,6 @@
 """Scoring on three nodes while its processes are killed: is the outcome the undisturbed one?
 
-    python benchmarks/chaos.py [--rounds 10] [--rows 3000] [--seed 0] [--json]
+    python benchmarks/chaos.py [--rounds 10] [--rows 4800] [--seed 0] [--json]
 
 A cluster of three nodes runs on this machine. Every round scores the same archive into a new place
 and kills, with -9, at random moments: the driver (the same command is then run again), a scoring
@@ -85,9 +85,14 @@ class Bench:
                 assert code == -signal.SIGKILL, f"it ended with {code}\n{self.said(name)}"
                 assert commands < COMMANDS, f"{commands} commands\n{self.said(name)}"
                 process, commands = self.start(name, notes), commands + 1
-            time.sleep(chance.uniform(0.5, self.seconds / 8))
-            if pending and any(notes.iterdir()) and self._kill(pending[-1], process):
-                killed[pending.pop()] += 1
+            time.sleep(chance.uniform(0.5, 2))
+            if not any(notes.iterdir()):
+                continue
+            # What is not there now, as a reader at the end, waits for its turn.
+            kind = next((kind for kind in pending if self._kill(kind, process)), None)
+            if kind is not None:
+                pending.remove(kind)
+                killed[kind] += 1
         verdict = verify(str(self.root / name))
         scored = self._scored(notes)
         return {
@@ -113,7 +118,7 @@ class Bench:
 
     def _kill(self, kind: str, driver: subprocess.Popen[bytes]) -> bool:
         ways: dict[str, Callable[[], bool]] = {
-            "driver": lambda: _kill(driver.pid),
+            "driver": lambda: _kill(driver),
             "scorer": lambda: self._kill_worker(SCORER),
             "reader": lambda: self._kill_worker(READER),
             "node": self._kill_node,
@@ -124,8 +129,12 @@ class Bench:
         for node in self.cluster.list_all_nodes():
             raylet = node.all_processes["raylet"][0].process.pid
             for child in psutil.Process(raylet).children(recursive=True):
-                if name in "".join(child.cmdline()):
-                    return _kill(child.pid)
+                try:
+                    if name in "".join(child.cmdline()):
+                        child.kill()
+                        return True
+                except psutil.NoSuchProcess:  # a zombie, too: it ended since it was listed
+                    continue
         return False
 
     def _kill_node(self) -> bool:
@@ -134,15 +143,17 @@ class Bench:
         return True
 
 
-def _kill(pid: int) -> bool:
-    os.kill(pid, signal.SIGKILL)
+def _kill(driver: subprocess.Popen[bytes]) -> bool:
+    if driver.poll() is not None:
+        return False
+    driver.kill()
     return True
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10, help="(default 10)")
-    parser.add_argument("--rows", type=int, default=3000, help="pairs (default 3000)")
+    parser.add_argument("--rows", type=int, default=4800, help="pairs (default 4800)")
     parser.add_argument("--seed", type=int, default=0, help="of what is killed when")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()

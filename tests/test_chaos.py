@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
 
 
 def test_a_driver_a_scorer_a_reader_and_a_node_are_killed_and_no_row_is_lost() -> None:
-    line = [sys.executable, SCRIPT, "--rounds", "1", "--rows", "2400", "--json"]
+    line = [sys.executable, SCRIPT, "--rounds", "1", "--rows", "4800", "--json"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=900, env=dict(os.environ))
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
