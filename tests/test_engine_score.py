@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import runs
 import tiny
 from ray import cloudpickle
 
@@ -36,20 +37,6 @@ from mmray.verify import verify
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
 
-BROKEN = [
-    ("bad0.jpg", tiny.jpeg(7)[:300]),
-    ("bad0.txt", b"cut in the middle"),
-    ("bad1.txt", b"no picture at all"),
-    ("bad2.jpg", tiny.jpeg(8)),
-    ("bad3.jpg", b""),
-    ("bad3.txt", b"an empty picture"),
-    ("bad4.jpg", tiny.jpeg(9)),
-    ("bad4.png", tiny.jpeg(10)),
-    ("bad4.txt", b"two pictures"),
-    ("bad5.jpg", tiny.jpeg(11)),
-    ("bad5.txt", b"\xff\xfe not text"),
-]
-
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -60,7 +47,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Good and bad pairs in folders, an empty tar, a cut tar, and a file that is no tar."""
     root = tmp_path_factory.mktemp("archive")
-    tiny.write_tar(root / "2024" / "a.tar", [*tiny.members(9), *BROKEN, *tiny.members(3, 50)])
+    tiny.write_tar(root / "2024" / "a.tar", [*tiny.members(9), *runs.BROKEN, *tiny.members(3, 50)])
     tiny.write_archive(root / "2025", [5, 0, 12])
     cut = tiny.write_tar(root / "cut.tar", tiny.members(6))
     cut.write_bytes(cut.read_bytes()[:-9000])

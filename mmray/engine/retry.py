@@ -79,6 +79,8 @@ def _retry(
     count = sum(len(one.rows) for one in tries.values())
     console.say(f"trying {count:,} rows of {len(tries):,} shards again that {out} set aside")
     job = _Retrying(out, run, tries, reasons, options, console, lease)
+    # Its counts end here: killed before it writes new ones, a later command adds them up again.
+    storage.delete(storage.join(out, ledger.SUMMARY))
     job.run_to_end()
     storage.delete_all(storage.join(out, PLACE))
     totals = Totals()
