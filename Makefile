@@ -34,8 +34,9 @@ chaos: install
 demo: install
 	@$(BIN)/python -m mmray demo $(ARGS)
 
+# Two at a time: much of a test is waiting for processes to start.
 test: install
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 test-s3: install install-ceph
 	@$(BIN)/python -m pytest -m real_s3 $(ARGS)
@@ -50,7 +51,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	@set -e; for script in $(filter-out benchmarks/chaos.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/chaos.py benchmarks/cross_validate.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	    echo "== $$script" >&2; $(BIN)/python $$script --json; done
 
 # Daemons that the tests start and end themselves; the packages start none.

@@ -25,10 +25,10 @@ from pathlib import Path
 import _million
 from _corpus import photo, write_bundle, write_tars
 
-from mmray import ledger
 from mmray.archive.shards import Shard
 from mmray.bundle import read_manifest
 from mmray.engine.ingest import CHUNK_ROWS
+from mmray.scoring_run import RUN, Run
 from mmray.targets import Target, Targets
 
 PAIRS = 2  # a shard
@@ -58,7 +58,7 @@ def measure(folder: Path, shards: int, done: int, seconds: float) -> dict[str, o
         assert server.stdout is not None
         url = f"http://127.0.0.1:{int(server.stdout.readline())}"
         run = _held(bundle, shards, template.stat().st_size)
-        _put(f"{url}/million/out/{ledger.RUN}", run.to_json())
+        _put(f"{url}/million/out/{RUN}", run.to_json())
         return {"benchmark": "plan_million", "shards": shards, "done": done} | _run(
             url, bundle, seconds
         )
@@ -66,11 +66,11 @@ def measure(folder: Path, shards: int, done: int, seconds: float) -> dict[str, o
         server.terminate()
 
 
-def _held(bundle: Path, shards: int, size: int) -> ledger.Run:
+def _held(bundle: Path, shards: int, size: int) -> Run:
     """The run as an earlier command left it."""
     manifest = read_manifest(str(bundle))
     listed = (Shard(_million.name(i), size, "e", "tar") for i in range(shards))
-    return ledger.Run(
+    return Run(
         archive="s3://million/archive",
         bundle=str(bundle),
         fingerprint=manifest.fingerprint,

@@ -21,6 +21,7 @@ import pyarrow as pa
 from mmray import ledger
 from mmray.archive import rows
 from mmray.archive.shards import list_shards
+from mmray.scoring_run import Run, open_run
 from mmray.targets import Target, Targets
 from mmray.verify import verify
 
@@ -56,8 +57,8 @@ def _finished(root: Path, shards: int, count: int) -> str:
         for index in range(folder, min(folder + 1000, shards)):
             (archive / f"{folder:07d}" / f"{index:07d}.tar").touch()
     targets = Targets.of(map(Target, list_shards(str(archive))))
-    run = ledger.Run(str(archive), "bundle", "f" * 64, LABELS, targets, chunk_rows=256)
-    ledger.open_run(out, run)
+    run = Run(str(archive), "bundle", "f" * 64, LABELS, targets, chunk_rows=256)
+    open_run(out, run)
     scores = np.random.default_rng(0).dirichlet(np.ones(3), count).astype(np.float32)
     columns = {
         rows.ROW: pa.array(np.arange(count)),

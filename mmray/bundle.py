@@ -20,7 +20,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,7 +28,7 @@ from pydantic import Field, field_validator
 
 from mmray import __version__, config, storage
 from mmray import golden as golden_pairs
-from mmray.config import Data, Frozen, Preprocess, Train
+from mmray.config import Data, Frozen, Preprocess, Task, Train
 from mmray.errors import BundleError, ConfigError, NotFound
 from mmray.preprocess import PREPROCESS_VERSION, Preprocessor
 from mmray.preprocess.text import TextTokenizer
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from mmray.model.spec import ModelSpec
 
 FORMAT_VERSION = 1
-TASK: Literal["classify"] = "classify"
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
@@ -76,7 +75,7 @@ class Manifest(Frozen):
 
     format_version: int
     fingerprint: str
-    task: Literal["classify"]
+    task: Task
     labels: tuple[str, ...]  # in the order of the model's outputs
     spec: dict[str, Any]  # model.spec.ModelSpec, checked where the model is built
     preprocess: Preprocess
@@ -117,6 +116,7 @@ class Bundle:
     tokenizer: str | None  # tokenizer.json, where the model reads text
     metrics: Mapping[str, Any]
     training: Training
+    task: Task = "classify"
     golden: pa.Table | None = None  # golden.schema(labels); None until it is saved
 
     @cached_property
@@ -125,8 +125,9 @@ class Bundle:
         files = {WEIGHTS: _digest(WEIGHTS, self.weights)}
         if self.tokenizer is not None:
             files[TOKENIZER] = _digest(TOKENIZER, self.tokenizer.encode())
+        task = _task_content(self.task, self.training.data)
         spec = self.spec.model_dump(mode="json")
-        return _fingerprint(self.labels, spec, self.preprocess, PREPROCESS_VERSION, files)
+        return _fingerprint(task, self.labels, spec, self.preprocess, PREPROCESS_VERSION, files)
 
     def build_model(self) -> FusionModel:
         """The model with its weights, in eval mode, on the CPU. Raises BundleError."""
@@ -146,7 +147,8 @@ class Bundle:
         tokenizer = None
         if self.tokenizer is not None:
             tokenizer = TextTokenizer.from_json(self.tokenizer, self.preprocess.text)
-        return Preprocessor(self.preprocess, tokenizer, self.spec.config.modalities)
+        cfg = self.spec.config
+        return Preprocessor(self.preprocess, tokenizer, cfg.modalities, cfg.missing)
 
     def save(self, uri: str, *, golden: pa.Table) -> Bundle:
         """Write the bundle to ``uri``; ``golden`` is what ``predict.golden_table`` gives.
@@ -162,7 +164,7 @@ class Bundle:
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=self.fingerprint,
-            task=TASK,
+            task=self.task,
             labels=self.labels,
             spec=self.spec.model_dump(mode="json"),
             preprocess=self.preprocess,
@@ -191,6 +193,7 @@ def make(
     tokenizer: TextTokenizer | None,
     metrics: Mapping[str, Any],
     training: Training,
+    task: Task = "classify",
 ) -> Bundle:
     """A bundle of a trained model. ``state_dict`` is that of ``build_model(spec)``; its tensors are
     copied. ``tokenizer`` is None exactly when the model reads no text."""
@@ -208,6 +211,7 @@ def make(
         tokenizer=tokenizer.to_json() if tokenizer is not None else None,
         metrics=metrics,
         training=training,
+        task=task,
     )
 
 
@@ -233,6 +237,7 @@ def read_manifest(uri: str) -> Manifest:
     except ConfigError as error:
         raise BundleError(str(error)) from None
     found = _fingerprint(
+        _task_content(manifest.task, manifest.training.data),
         manifest.labels,
         manifest.spec,
         manifest.preprocess,
@@ -241,8 +246,9 @@ def read_manifest(uri: str) -> Manifest:
     )
     if found != manifest.fingerprint:
         raise BundleError(
-            f"{where}: changed after it was written: its labels, spec, preprocess and files give "
-            f"fingerprint {found[:12]}, it says {manifest.fingerprint[:12]}; copy the bundle again"
+            f"{where}: changed after it was written: its task, labels, spec, preprocess and "
+            f"files give fingerprint {found[:12]}, it says {manifest.fingerprint[:12]}; copy the "
+            "bundle again"
         )
     if manifest.preprocess_version != PREPROCESS_VERSION:
         raise BundleError(
@@ -278,6 +284,7 @@ def load(uri: str) -> Bundle:
         tokenizer=files[TOKENIZER].decode() if TOKENIZER in files else None,
         metrics=manifest.metrics,
         training=manifest.training,
+        task=manifest.task,
         golden=golden,
     )
 
@@ -315,7 +322,14 @@ def _digest(name: str, data: bytes) -> str:
     return total.hexdigest()
 
 
+def _task_content(task: Task, data: Data) -> dict[str, str]:
+    """The task, and what its scores depend on beside the model."""
+    separator = {"label_separator": data.label_separator} if task == "multilabel" else {}
+    return {"task": task, **separator}
+
+
 def _fingerprint(
+    task: Mapping[str, str],
     labels: Sequence[str],
     spec: Mapping[str, Any],
     preprocess: Preprocess,
@@ -323,7 +337,7 @@ def _fingerprint(
     files: Mapping[str, str],
 ) -> str:
     content = {
-        "task": TASK,
+        **task,
         "labels": list(labels),
         "spec": spec,
         "preprocess": preprocess.model_dump(mode="json"),

@@ -11,14 +11,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mmray import __version__
-from mmray.errors import ConfigError, MmrayError
-from mmray.options import as_json, columns, endpoint, reasons_asked, scoring
+from mmray.errors import MmrayError
+from mmray.options import as_json, columns, endpoint, reasons_asked, scoring, serving, share
 from mmray.report.progress import Console, Tally
+
+if TYPE_CHECKING:
+    from mmray.serving.settings import ServeConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
 
@@ -141,8 +144,8 @@ def inspect(
 def train(config: str, sets: Sequence[str], to_json: bool) -> None:
     """Train the model that CONFIG describes and write its bundle; goes on where it was stopped."""
     from mmray.config import load
-    from mmray.engine.evaluate import table
     from mmray.engine.train import train as run_training
+    from mmray.report.evaluation import table
 
     result = run_training(load(config, sets), progress=Console().say)
     if to_json:
@@ -168,7 +171,7 @@ def evaluate(
 ) -> None:
     """Count how well BUNDLE does on the labelled rows of ARCHIVE, every row once."""
     from mmray.engine.evaluate import evaluate as count
-    from mmray.engine.evaluate import table
+    from mmray.report.evaluation import table
 
     metrics = count(bundle, archive, out=out, split=split, label=label, progress=Console().say)
     if to_json:
@@ -216,7 +219,7 @@ def score(
     options = engine.ScoreOptions(
         limit=limit,
         shards=shards,
-        max_errors=_share(max_errors),
+        max_errors=share(max_errors),
         embeddings=embeddings,
         actors=actors,
         decoders=decoders,
@@ -315,13 +318,44 @@ def retry(
         out,
         Console(),
         reasons=reasons,
-        max_errors=_share(max_errors),
+        max_errors=share(max_errors),
         actors=actors,
         decoders=decoders,
         row_seconds=row_timeout,
     )
     if to_json:
         _print_json(summary)
+
+
+# --- serving -------------------------------------------------------------------------------------
+
+
+@cli.command()
+@click.argument("bundle")
+@serving
+@click.option(
+    "--emit-config", is_flag=True, help="Print what `serve deploy` takes, and serve nothing."
+)
+@click.option(
+    "--metrics-port",
+    type=click.IntRange(1, 65535),
+    help="Where Prometheus finds the figures of a server on this machine alone. [none]",
+)
+@endpoint
+def serve(bundle: str, cfg: ServeConfig, emit_config: bool, metrics_port: int | None) -> None:
+    """Answer HTTP requests with BUNDLE's scores, until Ctrl-C; a page to try it is at /."""
+    from mmray.engine import cluster
+
+    if emit_config and metrics_port is not None:
+        raise click.UsageError("--metrics-port: a cluster has its own; not with --emit-config")
+    if not emit_config:
+        cluster.prepare_to_serve()
+    from mmray.engine import serve as engine
+
+    if emit_config:
+        click.echo(engine.config_file(bundle, cfg), nl=False)
+    else:
+        engine.run(bundle, cfg, Console(), metrics_port)
 
 
 @cli.command()
@@ -334,19 +368,6 @@ def demo(out: Path) -> int:
 
 
 # --- plumbing ------------------------------------------------------------------------------------
-
-
-def _share(text: str | None) -> float | None:
-    """``0.1%`` or ``0.001`` -> 0.001."""
-    if text is None:
-        return None
-    try:
-        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise ConfigError(f"--max-errors: got {text!r}; a share such as 0.001 or 0.1%")
-    return share
 
 
 def _print_json(result: Any) -> None:

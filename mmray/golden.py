@@ -44,13 +44,19 @@ def candidates(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def choose(
-    samples: Sequence[Sample], scores: pa.Table, labels: Sequence[str], limit: int = ROWS
+    samples: Sequence[Sample],
+    scores: pa.Table,
+    labels: Sequence[str],
+    limit: int = ROWS,
+    *,
+    several: bool = False,
 ) -> pa.Table:
     """Some of ``samples`` with their ``scores``: half of them the least certain of every predicted
-    label in turn, the rest spread over all, and one that must be set aside, if there is one.
+    label in turn, the rest spread over all, and, if there are any, one that must be set aside, one
+    that is scored without a picture and one without a caption.
 
-    A sure answer stays sure under many a wrong preprocessing; a doubtful one moves. Raises
-    BundleError when no sample is scored.
+    A sure answer stays sure under many a wrong preprocessing; a doubtful one moves. ``several``
+    labels may be given to a row, each by itself. Raises BundleError when no sample is scored.
     """
     names = rows.probability_columns(labels)
     found = scores.to_pylist()
@@ -59,16 +65,29 @@ def choose(
         why = found[0][rows.ERROR] if found else "there are none"
         raise BundleError(f"no golden pairs: none of {len(found)} samples can be scored: {why}")
     aside = [i for i, row in enumerate(found) if row[rows.ERROR_STAGE] in ("image", "caption")][:1]
-    room = max(1, limit - len(aside))
-    doubtful = _doubtful([(i, found[i]) for i in scored], names, labels)[: (room + 1) // 2]
+    incomplete = _incomplete(samples, scored)
+    scored = [i for i in scored if i not in incomplete]
+    room = max(1, limit - len(aside) - len(incomplete))
+    doubtful = _doubtful([(i, found[i]) for i in scored], names, several)[: (room + 1) // 2]
     rest = [i for i in scored if i not in doubtful]
     wanted = min(room - len(doubtful), len(rest))
     spread = [rest[k * len(rest) // wanted] for k in range(wanted)]
-    chosen = sorted(doubtful + spread + aside)
+    chosen = sorted(doubtful + spread + aside + incomplete)
     golden = rows.to_table([samples[i] for i in chosen])
     columns = dict(zip(golden.column_names, golden.columns, strict=True))
     columns |= {name: scores[name].take(chosen) for name in (rows.ERROR, rows.ERROR_STAGE, *names)}
     return pa.table(columns, schema=schema(labels))
+
+
+def _incomplete(samples: Sequence[Sample], scored: Sequence[int]) -> list[int]:
+    """Positions of the first scored that has no picture, and of the first that has no caption."""
+    found: dict[str, int] = {}
+    for i in scored:
+        if samples[i].image is None:
+            found.setdefault(rows.IMAGE, i)
+        elif not (samples[i].caption or "").strip():
+            found.setdefault(rows.CAPTION, i)
+    return list(found.values())
 
 
 def with_tolerance(golden: pa.Table, rough: pa.Table, labels: Sequence[str]) -> pa.Table:
@@ -81,12 +100,16 @@ def with_tolerance(golden: pa.Table, rough: pa.Table, labels: Sequence[str]) -> 
 
 
 def _doubtful(
-    found: Sequence[tuple[int, Mapping[str, Any]]], names: Sequence[str], labels: Sequence[str]
+    found: Sequence[tuple[int, Mapping[str, Any]]], names: Sequence[str], several: bool
 ) -> list[int]:
     """Positions by rising certainty, the predicted labels taking turns."""
+    by_label: dict[str, list[tuple[float, int]]] = {}
+    for i, row in found:
+        scores = [row[name] for name in names]
+        certainty = min(abs(p - 0.5) for p in scores) if several else max(scores)
+        by_label.setdefault(row[rows.LABEL], []).append((certainty, i))
     turns: list[tuple[int, float, int]] = []
-    for label in labels:
-        mine = [(max(row[n] for n in names), i) for i, row in found if row[rows.LABEL] == label]
+    for mine in by_label.values():
         turns += [(turn, certainty, i) for turn, (certainty, i) in enumerate(sorted(mine))]
     return [i for *_, i in sorted(turns)]
 

@@ -1,4 +1,4 @@
-"""Rows that share an image or a caption, as groups: arrays only, for millions of rows.
+"""Rows that share something, as groups: arrays only, for millions of rows.
 
 N rows; a column of digests is fixed-size binary, null where a row has nothing to compare.
 """
@@ -6,6 +6,7 @@ N rows; a column of digests is fixed-size binary, null where a row has nothing t
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,22 @@ def components(*links: Ints) -> Ints:
                 root = root[root]
         if np.array_equal(root, before):
             return root
+
+
+def merge(root: Ints, pairs: Iterable[tuple[Ints, Ints]]) -> None:
+    """Join both rows of every pair in ``root`` (int64 [N]: the first row each is joined to)."""
+    found = [np.concatenate(ends) for ends in zip(*pairs, strict=True)]
+    if not found:
+        return
+    one, other = found
+    while True:
+        apart = np.flatnonzero(root[one] != root[other])
+        if not len(apart):
+            return
+        one, other = root[one[apart]], root[other[apart]]
+        np.minimum.at(root, np.maximum(one, other), np.minimum(one, other))
+        while not np.array_equal(root, root[root]):
+            root[:] = root[root]
 
 
 def seeded_order(group: Ints, keys: Words, seed: int) -> Ints:

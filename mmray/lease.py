@@ -1,9 +1,9 @@
-"""One command at a time on a scoring run: a lease in OUT that ends with whoever holds it.
+"""One command at a time on a run, of scoring or training: a lease that ends with whoever holds it.
 
-``_run/lease/<n>.json`` is the lease; the highest ``n`` counts, and taking one is a conditional put
-of the next number, so two commands never both win. Its holder writes it again every few seconds.
-Whoever finds one held by a process of the same machine looks whether that lives; by another
-machine, whether it is still written. No clocks are compared.
+``OUT/_run/lease/<n>.json`` is the lease; the highest ``n`` counts, and taking one is a conditional
+put of the next number, so two commands never both win. Its holder writes it again every few
+seconds. Whoever finds one held by a process of the same machine looks whether that lives; by
+another machine, whether it is still written. No clocks are compared.
 """
 
 from __future__ import annotations
@@ -54,13 +54,17 @@ class Lease:
 
     def check(self) -> None:
         """Raise RunError when the lease is lost, so that no two commands go on for long."""
-        if self._problem is not None:
-            raise RunError(f"{self._out}: {self._problem}; finished rows are kept")
+        self.check_taken()
         if time.monotonic() - self._renewed > DEAD_SECONDS:
             raise RunError(
                 f"{self._out}: the lease of this command could not be renewed for "
                 f"{DEAD_SECONDS:.0f} s, so another may have begun; run the same command again"
             )
+
+    def check_taken(self) -> None:
+        """Raise RunError when another command is known to have taken over."""
+        if self._problem is not None:
+            raise RunError(f"{self._out}: {self._problem}; what is finished is kept")
 
     # --- taking --------------------------------------------------------------------------------
 

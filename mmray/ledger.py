@@ -1,23 +1,19 @@
-"""What a scoring run was asked, what is done and what is left. No Ray: files are the whole truth.
+"""What is done of a scoring run, and what is left. No Ray: files are the whole truth.
 
 OUT/scores/<shard>.parquet      a finished shard; that it exists is the commit record
-OUT/_run/run.json               what was asked, written before the first row is read
 OUT/_run/parts/<shard>/<a>-<b>.parquet   scored rows [a, b) of a shard still in work
 OUT/_run/retry/<id>/            the same of a retry; no other command takes it up
 """
 
 from __future__ import annotations
 
-import datetime
-import io
 import json
-import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,151 +22,16 @@ import pyarrow.parquet as pq
 
 from mmray import storage
 from mmray.archive import rows
-from mmray.errors import ConfigError, Conflict, NotFound, StorageError
-from mmray.targets import SCHEMA, Target, Targets, batched, strings
+from mmray.errors import NotFound, StorageError
+from mmray.scoring_run import Run
+from mmray.targets import Target, batched, strings
 
-FORMAT = 1
 READERS, WINDOW = 16, 4096  # threads over many small files, and how many of these are asked for
 SCORES, PARTS = "scores", "_run/parts"
-RUN, SUMMARY, REPORT = "_run/run.json", "_run/summary.json", "_run/report.html"
+SUMMARY, REPORT = "_run/summary.json", "_run/report.html"
 METADATA_KEY = b"mmray"
-#: Columns of the targets -> their names below "archive" in run.json.
-COLUMNS = {"path": "paths", "size": "sizes", "etag": "etags", "stop": "stops"}
 T = TypeVar("T")
 Interval = tuple[int, int]
-
-
-# --- what was asked ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """``run.json``: everything a later command needs to go on, or to check."""
-
-    archive: str
-    bundle: str
-    fingerprint: str
-    labels: tuple[str, ...]
-    targets: Targets
-    chunk_rows: int
-    embedding_dim: int | None = None
-    trial: str | None = None  # the --limit it was made with; null: whole shards
-    config: Mapping[str, Any] = field(default_factory=dict)
-    run_id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    started: str = field(
-        default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    )
-
-    def schema(self) -> pa.Schema:
-        return rows.scores_schema(self.labels, self.embedding_dim)
-
-    def to_json(self) -> bytes:
-        tree = {
-            "format": FORMAT,
-            "run_id": self.run_id,
-            "started": self.started,
-            "bundle": {"uri": self.bundle, "fingerprint": self.fingerprint},
-            "labels": list(self.labels),
-            "embedding_dim": self.embedding_dim,
-            "chunk_rows": self.chunk_rows,
-            "trial": self.trial,
-            "config": dict(self.config),
-            "archive": {"uri": self.archive},
-        }
-        # The listing as columns, a batch at a time: a million shards stay a few tens of megabytes.
-        text = io.BytesIO()
-        text.write(_json(tree)[:-2])
-        for name, key in COLUMNS.items():
-            text.write(b', "%s": [' % key.encode())
-            for i, chunk in enumerate(self.targets.table.column(name).chunks):
-                text.write(b", " * (i > 0) + _json(chunk.to_pylist())[1:-1])
-            text.write(b"]")
-        text.write(b"}}")
-        return text.getvalue()
-
-    @classmethod
-    def from_json(cls, text: bytes, where: str) -> Run:
-        try:
-            tree = json.loads(text)
-            if tree["format"] != FORMAT:
-                raise ConfigError(
-                    f"{where}: run format {tree['format']}, this version writes {FORMAT}"
-                )
-            listed = tree["archive"]
-            columns = [
-                pa.array(listed.pop(key), SCHEMA.field(n).type) for n, key in COLUMNS.items()
-            ]
-            return cls(
-                archive=listed["uri"],
-                bundle=tree["bundle"]["uri"],
-                fingerprint=tree["bundle"]["fingerprint"],
-                labels=tuple(tree["labels"]),
-                targets=Targets(pa.table(columns, names=list(COLUMNS))),
-                chunk_rows=tree["chunk_rows"],
-                embedding_dim=tree["embedding_dim"],
-                trial=tree["trial"],
-                config=tree["config"],
-                run_id=tree["run_id"],
-                started=tree["started"],
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{where}: not a run.json of mmray ({error!r})") from None
-
-
-def _json(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode()
-
-
-def read_run(out: str) -> Run:
-    """The run that OUT holds; raises NotFound when it holds none."""
-    uri = storage.join(out, RUN)
-    try:
-        return Run.from_json(storage.read_bytes(uri), uri)
-    except NotFound:
-        raise NotFound(f"{out}: holds no scoring run (no {RUN})") from None
-
-
-def open_run(out: str, asked: Run) -> tuple[Run, bool]:
-    """Begin a run in OUT, or go on with the one it holds; says whether it goes on.
-
-    Shards that are new in the archive join the run. Raises ConfigError, saying what differs, when
-    OUT belongs to another bundle, another archive or other options, or when a shard has changed.
-    """
-    uri = storage.join(out, RUN)
-    try:
-        storage.write_bytes(uri, asked.to_json(), if_absent=True)
-        return asked, False
-    except Conflict:
-        held = read_run(out)
-    _refuse_differences(out, held, asked)
-    new = ~asked.targets.among(held.targets.paths)
-    if new.any():
-        targets = held.targets.joined(asked.targets.take(new))
-        held = replace(held, targets=targets, config=asked.config)
-        storage.write_bytes(uri, held.to_json())
-    return held, True
-
-
-def _refuse_differences(out: str, held: Run, asked: Run) -> None:
-    pairs = {
-        "bundle fingerprint": (held.fingerprint, asked.fingerprint),
-        "archive": (held.archive, asked.archive),
-        "trial (--limit)": (held.trial, asked.trial),
-        "embedding width": (held.embedding_dim, asked.embedding_dim),
-        "chunk rows": (held.chunk_rows, asked.chunk_rows),
-    }
-    for name, (had, wanted) in pairs.items():
-        if had != wanted:
-            raise ConfigError(
-                f"{out}: holds scores of another run; {name}: it has {had or 'none'}, this command "
-                f"asks for {wanted or 'none'}; choose another --out, or delete that one"
-            )
-    changed = held.targets.changed(asked.targets)
-    if changed:
-        raise ConfigError(
-            f"{out}: {len(changed)} shard(s) changed in the archive since they were listed, first "
-            f"{changed[0]}; score them into another --out"
-        )
 
 
 # --- what is done --------------------------------------------------------------------------------
@@ -261,11 +122,16 @@ class ShardRecord:
 def commit(out: str, run: Run, target: Target, total: int, problem: str | None) -> ShardRecord:
     """Merge a shard's parts into its score file, one atomic put, then drop the parts.
 
+    Called again for a shard whose committer died after the put, it drops what is left of them.
     Raises AssertionError when the parts do not cover rows ``[0, total)``: the caller's bug.
     """
     path = target.shard.path
-    merged = _merge(out, path, covered_shard(out, path), total, run.schema())
-    record = put_scores(out, run, target, merged, problem)
+    uri, intervals = scores_uri(out, path), covered_shard(out, path)
+    if gaps(intervals, 0, total) and storage.exists(uri):
+        record = read_record(uri)
+    else:
+        merged = _merge(out, path, intervals, total, run.schema())
+        record = put_scores(out, run, target, merged, problem)
     drop_parts(out, path)
     return record
 

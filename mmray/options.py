@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
+
+from mmray.errors import ConfigError
 
 as_json = click.option("--json", "to_json", is_flag=True, help="Print the result as JSON.")
 endpoint = click.option(
@@ -58,6 +61,36 @@ def scoring(command: Callable[..., Any]) -> Callable[..., Any]:
     return budget(actors(decoders(timeout(command))))
 
 
+def serving(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that make a server's configuration; the command gets it as ``cfg``."""
+
+    @click.option("--host", help="Address to listen on; 0.0.0.0: all. [127.0.0.1]")
+    @click.option("--port", type=click.IntRange(1, 65535), help="Port to listen on. [8000]")
+    @click.option("--replicas", metavar="N|MIN-MAX", help="Processes with the model. [1]")
+    @click.option("--token-env", metavar="NAME", help="Variable with the token callers must show.")
+    @click.option("--token-file", metavar="FILE", help="Or a file with it.")
+    @click.option("--config", type=click.Path(), metavar="FILE", help="YAML with this, and more.")
+    @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Override a key of it.")
+    @functools.wraps(command)
+    def with_config(
+        host: str | None,
+        port: int | None,
+        replicas: str | None,
+        token_env: str | None,
+        token_file: str | None,
+        config: str | None,
+        sets: Sequence[str],
+        **rest: Any,
+    ) -> Any:
+        from mmray.config import read
+        from mmray.serving.settings import ServeConfig, overrides
+
+        flags = overrides(host, port, replicas, token_env, token_file)
+        return command(cfg=read(ServeConfig, config, [*flags, *sets]), **rest)
+
+    return with_config
+
+
 reasons_asked = click.option(
     "--reason",
     "reasons",
@@ -65,3 +98,16 @@ reasons_asked = click.option(
     metavar="TEXT",
     help="Only rows whose reason begins with this; may be repeated. [all]",
 )
+
+
+def share(text: str | None) -> float | None:
+    """``0.1%`` or ``0.001`` -> 0.001."""
+    if text is None:
+        return None
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise ConfigError(f"--max-errors: got {text!r}; a share such as 0.001 or 0.1%")
+    return share

@@ -19,10 +19,13 @@ from mmray.archive import rows
 from mmray.archive.rows import Sample
 from mmray.bundle import Bundle
 from mmray.config import Precision
+from mmray.counts import THRESHOLD
 from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
+from mmray.labels import joined
 from mmray.learn import autocast, collate, resolve_precision
 from mmray.memory import keep_freed_memory
 from mmray.model.speed import for_inference
+from mmray.objective import probabilities
 from mmray.preprocess import Prepared, fault
 
 CPU_BATCH, GPU_BATCH = 16, 256  # rows; on a CPU, larger batches leave its caches
@@ -32,7 +35,8 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """``probabilities`` float32 [N, C], rows sum to 1; ``embeddings`` float32 [N, D]."""
+    """``probabilities`` float32 [N, C], rows sum to 1 unless a row may have several labels;
+    ``embeddings`` float32 [N, D]."""
 
     probabilities: Floats
     embeddings: Floats
@@ -75,6 +79,8 @@ class Predictor:
         self.precision: Precision = resolve_precision(precision, self.device)
         self.batch_size = batch_size or (GPU_BATCH if self.device.type == "cuda" else CPU_BATCH)
         self.labels = bundle.labels
+        self._several = bundle.task == "multilabel"
+        self._separator = bundle.training.data.label_separator
         self.fingerprint = bundle.fingerprint
         self.embedding_dim = bundle.spec.config.hidden
         self.golden = bundle.golden
@@ -149,8 +155,10 @@ class Predictor:
     def _run(self, batch: Sequence[Prepared]) -> Outputs:
         inputs = collate(batch).to(self.device)
         with torch.inference_mode(), autocast(self.precision, self.device):
-            logits_BC, embedding_BD = self._model(inputs.pixels, inputs.tokens, inputs.mask)
-            probabilities_BC = logits_BC.softmax(dim=1)
+            logits_BC, embedding_BD = self._model(
+                inputs.pixels, inputs.tokens, inputs.mask, inputs.pictured
+            )
+            probabilities_BC = probabilities(logits_BC, several=self._several)
         return Outputs(probabilities_BC.cpu().numpy(), embedding_BD.cpu().numpy())
 
     def _batches(self, prepared: Sequence[Prepared]) -> Iterator[tuple[int, Sequence[Prepared]]]:
@@ -244,16 +252,15 @@ class Predictor:
         scored = np.zeros(n, dtype=bool)
         scored[at] = True
         scored[list(errors)] = False
-        probabilities = np.zeros((n, len(self.labels)), np.float32)
-        probabilities[at] = outputs.probabilities
-        best = probabilities.argmax(axis=1)
+        scores = np.zeros((n, len(self.labels)), np.float32)
+        scores[at] = outputs.probabilities
         why = [errors.get(i) for i in range(n)]
         columns = [
             pa.array([s.shard for s in samples], pa.string()),
             pa.array([s.row for s in samples], pa.int64()),
             pa.array([s.key for s in samples], pa.string()),
-            pa.array(self.labels, pa.string()).take(pa.array(best, pa.int64(), mask=~scored)),
-            *(pa.array(column, pa.float32(), mask=~scored) for column in probabilities.T),
+            self._label_column(scores, scored),
+            *(pa.array(column, pa.float32(), mask=~scored) for column in scores.T),
             pa.array([None if w is None else str(w) for w in why], pa.string()),
             pa.array([None if w is None else w.stage for w in why], pa.string()),
         ]
@@ -267,6 +274,14 @@ class Predictor:
         schema = rows.scores_schema(self.labels, self.embedding_dim if embeddings else None)
         return pa.Table.from_arrays(columns, schema=schema)
 
+    def _label_column(self, scores: Floats, scored: npt.NDArray[np.bool_]) -> pa.Array:
+        """The most probable label of every scored row, or the text of all that are given to it."""
+        if self._several:
+            given = joined(self.labels, scores >= THRESHOLD, self._separator)
+            return pa.array(given, pa.string(), mask=~scored)
+        best = pa.array(scores.argmax(axis=1), pa.int64(), mask=~scored)
+        return pa.array(self.labels, pa.string()).take(best)
+
 
 def golden_table(bundle: Bundle, samples: Sequence[Sample]) -> pa.Table:
     """Some of ``samples`` (a few hundred make a good choice) with the scores they must give, for
@@ -277,7 +292,8 @@ def golden_table(bundle: Bundle, samples: Sequence[Sample]) -> pa.Table:
     """
     some = golden.candidates(samples)
     scores = Predictor(bundle, "cpu", "float32").score_table(some)
-    chosen = golden.choose(some, scores, bundle.labels)
+    several = bundle.task == "multilabel"
+    chosen = golden.choose(some, scores, bundle.labels, several=several)
     rough = Predictor(bundle, "cpu", "bf16").score_table(golden.inputs(chosen))
     return golden.with_tolerance(chosen, rough, bundle.labels)
 

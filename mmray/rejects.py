@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from mmray import ledger
 from mmray.archive import rows
 from mmray.errors import Conflict
+from mmray.scoring_run import Run
 from mmray.targets import Target
 
 
@@ -47,7 +48,7 @@ def _mask(scores: pa.Table, reasons: Sequence[str]) -> npt.NDArray[np.bool_]:
 
 def recommit(
     out: str,
-    run: ledger.Run,
+    run: Run,
     target: Target,
     parts: str,
     reasons: Sequence[str],

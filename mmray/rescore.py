@@ -13,6 +13,7 @@ from mmray.bundle import load
 from mmray.config import Columns
 from mmray.errors import BundleError, StorageError
 from mmray.predict import Predictor
+from mmray.scoring_run import Run, read_run
 from mmray.targets import Target
 
 SHARDS, ROWS = 32, 8  # how many, spread over the run, and how many rows of each
@@ -25,7 +26,7 @@ def rescore(out: str) -> tuple[int, list[str]]:
     Rows that killed their worker are left alone.
     """
     out = storage.absolute(out)
-    run = ledger.read_run(out)
+    run = read_run(out)
     try:
         bundle = load(run.bundle)
     except (BundleError, StorageError) as error:
@@ -46,7 +47,7 @@ def rescore(out: str) -> tuple[int, list[str]]:
 
 
 def _again(
-    out: str, run: ledger.Run, target: Target, predictor: Predictor, chance: random.Random
+    out: str, run: Run, target: Target, predictor: Predictor, chance: random.Random
 ) -> tuple[int, list[str]]:
     held = ledger.read_scores(ledger.scores_uri(out, target.shard.path))
     if not len(held):
@@ -65,7 +66,7 @@ def _again(
     return len(scored), findings
 
 
-def _samples(run: ledger.Run, target: Target, start: int) -> Iterator[Sample]:
+def _samples(run: Run, target: Target, start: int) -> Iterator[Sample]:
     columns = Columns(**run.config.get("columns", {}))
     stream = read_shard(run.archive, target.shard, columns=columns, start=start, stop=start + ROWS)
     return (item for item in stream if isinstance(item, Sample))

@@ -15,6 +15,7 @@ from mmray import ledger, storage
 from mmray.archive import rows
 from mmray.archive.shards import list_shards
 from mmray.errors import NotFound, StorageError
+from mmray.scoring_run import Run, read_run
 from mmray.targets import Target, Targets
 
 Progress = Callable[[int, int | None], None]  # how many are done, and of how many
@@ -47,7 +48,7 @@ def verify(out: str, progress: Progress = lambda done, total: None) -> Verdict:
     NotFound when OUT holds no run; everything else that is wrong is a finding.
     """
     out = storage.absolute(out)
-    run = ledger.read_run(out)
+    run = read_run(out)
     verdict = Verdict(out, shards=len(run.targets))
     done = ledger.done_shards(out)
     there = run.targets.among(done)
@@ -70,7 +71,7 @@ def verify(out: str, progress: Progress = lambda done, total: None) -> Verdict:
     return verdict
 
 
-def _check(out: str, run: ledger.Run, target: Target) -> ledger.ShardRecord | list[str]:
+def _check(out: str, run: Run, target: Target) -> ledger.ShardRecord | list[str]:
     """The shard's record when its score file holds, else what is wrong with it."""
     path = target.shard.path
     try:
@@ -88,7 +89,7 @@ def _check(out: str, run: ledger.Run, target: Target) -> ledger.ShardRecord | li
     return findings or record
 
 
-def _check_schema(path: str, run: ledger.Run, file: pq.ParquetFile) -> Iterator[str]:
+def _check_schema(path: str, run: Run, file: pq.ParquetFile) -> Iterator[str]:
     missing = [name for name in run.schema().names if name not in file.schema_arrow.names]
     if missing:
         yield f"{path}: columns missing from its score file: {', '.join(missing)}"
@@ -140,7 +141,7 @@ def _first(ordinals: Any) -> str:
     return f" (first {ordinals[0]})" if len(ordinals) else ""
 
 
-def _check_origin(run: ledger.Run, target: Target, record: ledger.ShardRecord) -> Iterator[str]:
+def _check_origin(run: Run, target: Target, record: ledger.ShardRecord) -> Iterator[str]:
     path = target.shard.path
     if record.shard != path:
         yield f"{path}: its record names shard {record.shard}"
@@ -153,7 +154,7 @@ def _check_origin(run: ledger.Run, target: Target, record: ledger.ShardRecord) -
         yield f"{path}: holds {record.rows} rows, the trial asked for {target.stop}"
 
 
-def _check_inputs(run: ledger.Run) -> Iterator[str]:
+def _check_inputs(run: Run) -> Iterator[str]:
     """Shards of the archive that changed, vanished or came since they were listed."""
     try:
         now = Targets.of(map(Target, list_shards(run.archive)))

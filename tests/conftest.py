@@ -7,12 +7,20 @@ import itertools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import ceph
 import pytest
+
+# Tests that run side by side never find each other's clusters, and compute on one core each: two
+# processes with two threads each wait for one another most of the time.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["RAY_TMPDIR"] = f"{tempfile.gettempdir()}/ray-{os.getpid()}-{worker}"
+    Path(os.environ["RAY_TMPDIR"]).mkdir(exist_ok=True)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -126,6 +134,7 @@ def ray_cluster(s3_endpoint: Endpoint) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", "local")  # never somebody's running cluster
+        cluster.prepare_to_serve()
         cluster.connect(num_cpus=2)
         yield
         cluster.disconnect()

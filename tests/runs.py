@@ -13,16 +13,17 @@ from mmray.archive.rows import Sample, ShardEnd
 from mmray.archive.shards import read_shard
 from mmray.engine.asked import ScoreOptions, asked
 from mmray.predict import Predictor
+from mmray.scoring_run import Run, open_run
 
 CHUNK_ROWS = 4
 Refuse = Callable[[Sample], str | None]
 
 
-def started(bundle: str, archive: object, out: object, **options: object) -> ledger.Run:
+def started(bundle: str, archive: object, out: object, **options: object) -> Run:
     """A run of which nothing is scored yet."""
     chosen = ScoreOptions(**{"chunk_rows": CHUNK_ROWS, **options})
     wanted = asked(bundle, bundles.read_manifest(bundle), str(archive), chosen)
-    return ledger.open_run(str(out), wanted)[0]
+    return open_run(str(out), wanted)[0]
 
 
 def finished(

@@ -227,7 +227,7 @@ def test_fields_are_what_json_can_hold(tmp_path: Path) -> None:
     (sample,), _ = read_file(tmp_path / "x.parquet", fields=tuple(table.column_names))
     scalars = {
         "caption": "t", "n": 3, "f": 0.5, "b": True, "none": None, "when": "2026-11-23T05:00:00",
-        "day": "2026-11-23", "d": "1.000", "dict": "x", "raw": None,
+        "day": "2026-11-23", "d": "1.000", "dict": "x", "list": [1, 2], "raw": None,
     }  # fmt: skip
     assert sample.fields == scalars
     (sample,), _ = read_file(tmp_path / "x.parquet", fields=("*",))

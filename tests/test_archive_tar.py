@@ -167,12 +167,12 @@ def test_a_named_json_field_is_the_caption_rather_than_txt(tmp_path: Path) -> No
     assert [s.caption for s in samples] == ["named", "from txt", None]
 
 
-def test_fields_are_the_scalars_that_were_asked_for(tmp_path: Path) -> None:
+def test_fields_are_the_scalars_and_lists_that_were_asked_for(tmp_path: Path) -> None:
     record = {"label": "x", "n": 3, "f": 0.5, "b": True, "null": None, "list": [1], "obj": {"a": 1}}
     data = tar_bytes([("a.json", json.dumps(record).encode()), ("a.cls", b" 7\n"), ("b.cls", b"8")])
-    samples, _ = read_bytes(tmp_path, data, fields=("label", "n", "f", "b", "null", "list", "cls"))
+    samples, _ = read_bytes(tmp_path, data, fields=(*record, "cls"))
     assert samples[0].fields == {
-        "label": "x", "n": 3, "f": 0.5, "b": True, "null": None, "cls": "7"
+        "label": "x", "n": 3, "f": 0.5, "b": True, "null": None, "list": [1], "cls": "7"
     }  # fmt: skip
     assert samples[1].fields == {"cls": "8"}
     everything, _ = read_bytes(tmp_path, data, fields=("*",))

@@ -20,6 +20,7 @@ from conftest import Endpoint
 from mmray import bundle as bundles
 from mmray import golden, storage
 from mmray.bundle import GOLDEN, MANIFEST, TOKENIZER, WEIGHTS, Bundle
+from mmray.config import Model, Train
 from mmray.errors import BundleError, StorageError
 from mmray.predict import Predictor
 from mmray.preprocess import TextTokenizer
@@ -61,6 +62,14 @@ class TestSaveAndLoad:
         state, same = made.build_model().state_dict(), loaded.build_model().state_dict()
         assert state.keys() == same.keys()
         assert all(torch.equal(state[name], same[name]) for name in state)
+
+    def test_keys_that_came_later_leave_the_fingerprints_of_older_bundles_alone(self) -> None:
+        spec = Model().model_dump(mode="json")
+        assert list(spec) == ["modalities", "image", "text", "fusion", "hidden", "dropout"]
+        assert list(spec["image"]) == ["encoder", "weights", "normalize", "width", "freeze"]
+        assert list(spec["text"]) == ["encoder", "dim", "layers", "heads", "freeze"]
+        assert Model(missing=True).model_dump()["missing"] is True  # said where it says something
+        assert "modality_dropout" not in Train().model_dump()
 
     def test_the_model_is_ready_to_predict(self, made: Bundle) -> None:
         assert not made.build_model().training
@@ -231,6 +240,38 @@ class TestTampering:
         (saved / WEIGHTS).write_bytes((tmp_path / "other" / WEIGHTS).read_bytes())
         with pytest.raises(BundleError, match=f"{WEIGHTS}: not the file"):
             bundles.load(str(saved))
+
+
+class TestTasks:
+    def test_the_task_is_part_of_what_a_bundle_is(self, made: Bundle, tmp_path: Path) -> None:
+        """The same weights mean other scores."""
+        assert made.golden is not None
+        prints = {made.fingerprint}
+        for task in ("multilabel", "match"):
+            other = remade(made, task=task)
+            other.save(str(tmp_path / task), golden=made.golden)
+            loaded = bundles.load(str(tmp_path / task))
+            assert loaded.task == task and loaded.fingerprint == other.fingerprint
+            prints.add(loaded.fingerprint)
+        data = made.training.data.model_copy(update={"label_separator": ";"})
+        training = made.training.model_copy(update={"data": data})
+        prints.add(remade(made, task="multilabel", training=training).fingerprint)
+        assert len(prints) == 4
+        # a classifier's labels are not joined
+        assert remade(made, training=training).fingerprint == made.fingerprint
+
+    def test_a_bundle_from_before_there_were_tasks_stays_itself(
+        self, made: Bundle, saved: Path
+    ) -> None:
+        def without_new_keys(tree: dict[str, Any]) -> None:
+            for name in ("label_separator", "negatives_within"):
+                del tree["training"]["data"][name]
+            for name in ("focal_gamma", "negatives"):
+                del tree["training"]["train"][name]
+
+        edit_json(without_new_keys)(saved / MANIFEST)
+        loaded = bundles.load(str(saved))
+        assert (loaded.task, loaded.fingerprint) == ("classify", made.fingerprint)
 
 
 class TestRefusal:

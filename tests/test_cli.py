@@ -13,7 +13,18 @@ from mmray import cli, config
 from mmray.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
-VERBS = ("pack", "inspect", "train", "evaluate", "score", "verify", "rejects", "retry", "demo")
+VERBS = (
+    "pack",
+    "inspect",
+    "train",
+    "evaluate",
+    "score",
+    "verify",
+    "rejects",
+    "retry",
+    "serve",
+    "demo",
+)
 
 
 def test_every_verb_has_help_that_explains_every_option(capsys: pytest.CaptureFixture[str]) -> None:
@@ -57,6 +68,9 @@ def test_a_shipped_config_needs_only_an_archive_and_a_place(path: Path) -> None:
         (["retry", "none"], 2, ["none", "no scoring run"]),
         (["score", "none", "none", "--out", "o"], 2, ["none", "no bundle"]),
         (["score", "b", "a", "--out", "o", "--max-errors", "many"], 2, ["'many'", "0.1%"]),
+        (["serve", "none"], 2, ["none", "no bundle"]),
+        (["serve", "none", "--replicas", "many"], 2, ["'many'", "1-4"]),
+        (["serve", "none", "--set", "score.batch_rows=99"], 2, ["max_ongoing", "99 x 1"]),
         (["inspect", "none"], 2, ["none", "no such directory"]),
         (["pack", "none", "dest"], 2, ["none"]),
     ],

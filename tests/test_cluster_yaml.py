@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from mmray.engine.cluster import SERVING
+
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "cluster.yaml").read_text(encoding="utf-8")
 
@@ -103,6 +105,15 @@ def test_nodes_run_the_pinned_packages_with_the_token_on(config: dict[str, Any])
     for commands in ("head_start_ray_commands", "worker_start_ray_commands"):
         start = config[commands][-1]
         assert "RAY_AUTH_MODE=token" in start
+        for name in (
+            "ENABLE_HA_PROXY",
+            "THROUGHPUT_OPTIMIZED",
+            "REPLICA_GRPC_MAX_MESSAGE_LENGTH",
+            "HTTP_PROXY_CALLBACK_IMPORT_PATH",
+        ):
+            assert f"RAY_SERVE_{name}={SERVING[f'RAY_SERVE_{name}']}" in start
+        (code,) = re.findall(r"PYTHONPATH=(\S+)", start)
+        assert config["file_mounts"][f"{code}/mmray"] == "mmray"
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tarfile
 import urllib.request
@@ -112,6 +113,8 @@ def test_the_odd_tar_holds_good_and_broken_pairs_in_turn(tmp_path: Path) -> None
         for name in tar.getnames():
             key, _, extension = name.partition(".")
             members.setdefault(key, []).append(extension)
+            if extension == "json":  # of no split, they hold nothing out of training
+                assert set(json.load(tar.extractfile(name) or io.BytesIO())) == {"label"}
     assert len(members) == 20
     kinds = Counter(tuple(extensions) for extensions in members.values())
     assert kinds[("jpg", "json")] == kinds[("txt", "json")] == 2

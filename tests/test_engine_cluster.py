@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,6 +24,18 @@ cluster.connect(num_cpus=2)
 found = cluster.connect()
 print(json.dumps([found.cpus, found.nodes, found.object_store_bytes > 0]), flush=True)
 time.sleep(600)
+"""
+
+LEFT_BEHIND = """
+import subprocess
+import ray
+from mmray.engine import cluster
+cluster.LEAVING_S = 1.0
+cluster.connect(num_cpus=1)
+@ray.remote
+def start():
+    return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+print(ray.get(start.remote()), flush=True)
 """
 
 REFUSED = """
@@ -108,3 +121,29 @@ def test_a_cluster_that_cannot_be_joined_is_an_error_and_starts_none(place: Path
     assert "RAY_ADDRESS=auto: no Ray cluster runs on this machine" in none
     assert "nonsense" in nonsense
     assert not processes(place)
+
+
+def running(pid: int) -> bool:
+    """Whether it is there and not just waiting for its new parent to notice that it has ended."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_what_its_workers_leave_behind_ends_with_it(place: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND],
+        cwd=ROOT,
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    deadline = time.monotonic() + 30
+    while is_left := running(int(done.stdout)):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    assert not is_left

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,15 +17,19 @@ import tiny
 from sklearn import metrics as sk
 
 from mmray import bundle as bundles
-from mmray import storage
+from mmray import splits, storage
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
+from mmray.bundle import read_manifest
 from mmray.config import Data
 from mmray.engine import cluster
-from mmray.engine.evaluate import METRICS, PREDICTIONS, evaluate, predictions_schema, table
+from mmray.engine.choice import choose_rows, held_out, split_data
+from mmray.engine.evaluate import METRICS, PREDICTIONS, evaluate
+from mmray.engine.evaluator import predictions_schema
 from mmray.engine.rundir import archive_digest
 from mmray.errors import BundleError, ConfigError, MmrayError
 from mmray.predict import Predictor
+from mmray.report.evaluation import table
 
 LABELS = tiny.LABELS
 
@@ -88,6 +94,7 @@ def test_every_row_is_counted_once_or_said_why_not(dev: tuple[dict[str, Any], Pa
     assert metrics["unknown_labels"] == {"stormy": 2}
     assert metrics["rows_chosen"] == good + 6 and metrics["rows_read"] == 338 + 8
     assert metrics["split"] == "rows with split = dev"
+    assert "availability" not in metrics
     assert json.loads((out / METRICS).read_text()) == metrics
 
 
@@ -139,6 +146,34 @@ def test_the_table_names_what_was_not_counted(dev: tuple[dict[str, Any], Path]) 
     assert all(len(line) < 100 for line in text.splitlines())
 
 
+def test_pairs_that_lack_something_are_counted_by_what_they_have(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """One figure over all would hide how much the model loses without a picture."""
+    fields = json.dumps({"label": "calm", "split": "dev"}).encode()
+    odd = [
+        *[(f"p{i}.{e}", d) for i in range(3) for e, d in (("jpg", tiny.jpeg(i)), ("json", fields))],
+        *[(f"t{i}.{e}", d) for i in range(2) for e, d in (("txt", b"a sea"), ("json", fields))],
+        *pair("broken", {"label": "calm", "split": "dev"}, tiny.jpeg(5)[:150]),
+        ("nothing.json", fields),
+    ]
+    tiny.write_tar(tmp_path / "archive" / "0.tar", [*tiny.members(20), *odd])
+    bundle = tiny.bundle(str(tmp_path / "bundle"), missing=True)
+    out = tmp_path / "out"
+    metrics = evaluate(bundle, str(tmp_path / "archive"), out=str(out), split="all", progress=quiet)
+    parts = metrics["availability"]
+    counted = {which: report["rows"] for which, report in parts.items()}
+    assert counted == {"both": 20, "picture only": 3, "caption only": 2}
+    assert sum(counted.values()) == metrics["rows"] == 25
+    assert metrics["set_aside"] == {"image truncated": 1, "neither image nor caption": 1}
+    whole = sum(np.array(report["confusion"]) for report in parts.values())
+    assert whole.tolist() == metrics["confusion"]  # type: ignore[union-attr]
+    assert json.loads((out / METRICS).read_text()) == metrics
+    assert "picture only: 3 rows  accuracy " in table(metrics)
+    found = pq.read_table(out / PREDICTIONS).schema.remove_metadata()
+    assert found.equals(predictions_schema(LABELS))
+
+
 def test_all_and_another_label(
     ray_cluster: None, archive: Path, bundle: str, tmp_path: Path
 ) -> None:
@@ -167,6 +202,43 @@ def test_auto_is_what_was_held_out_by_seed_where_the_archive_has_no_split(
     tiny.write_tar(root / "2.tar", tiny.members(2, 90))
     with pytest.raises(ConfigError, match="has changed since the bundle was trained"):
         evaluate(trained, str(root), out=str(tmp_path / "out"), progress=quiet)
+
+
+def test_a_bundle_from_before_near_identical_pictures_counted_finds_its_split_again(
+    bundle: str, tmp_path: Path
+) -> None:
+    """Ten pictures, each saved five times: joined, they are held out five rows at a time."""
+    found = []
+    for i in range(50):
+        sink = io.BytesIO()
+        tiny.scene(i // 5).save(sink, "JPEG", quality=60 + 5 * (i % 5))
+        extra = json.dumps({"label": tiny.LABELS[i % 2]})
+        found += [(f"{i}.jpg", sink.getvalue()), (f"{i}.json", extra.encode())]
+    root = str(tiny.write_tar(tmp_path / "archive" / "0.tar", found).parent)
+    shards = list(list_shards(root))
+    asked = Data(archive=root, dev_fraction=0.2)
+    samples = [s for s in read_shard(root, shards[0], fields=["label"]) if isinstance(s, Sample)]
+    now = splits.assign(splits.identify(samples, asked), data=asked, seed=0).report
+    assert now.groups == 10
+
+    # A bundle has every key of its day, so one without the key is older than it.
+    before = Data.model_validate({k: v for k, v in asked.model_dump().items() if k != "near"})
+    split = {"archive_digest": archive_digest(shards)}
+    manifest = read_manifest(bundle)
+    training = manifest.training.model_copy(update={"data": before, "split": split, "seed": 0})
+    manifest = manifest.model_copy(update={"training": training})
+    chosen = choose_rows(manifest, root, shards, [], "auto")
+    scanned = splits.identify(samples, split_data(manifest))
+    assert scanned[splits.PICTURE_HASH].null_count == 50
+    marks = held_out(chosen, manifest, scanned).marks
+    expected = splits.assign(
+        splits.identify(samples, asked),
+        data=asked.model_copy(update={"near": 0}),
+        seed=0,
+    )
+    assert expected.report.groups == 50
+    assert marks is not None
+    assert marks["0.tar"].tolist() == [side == "dev" for side in expected.sides.to_pylist()]
 
 
 def retrained(bundle: str, to: Path, data: Data, split: dict[str, Any]) -> str:

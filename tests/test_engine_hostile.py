@@ -23,6 +23,7 @@ from mmray import ledger, storage
 from mmray.engine import score as engine
 from mmray.errors import ConfigError, MmrayError
 from mmray.report.progress import Console
+from mmray.scoring_run import Run
 from mmray.verify import verify
 
 ACCESS_KEY = "AKIA0SECRET"  # the proxy quotes it in what it refuses
@@ -129,7 +130,7 @@ def test_a_shard_that_changes_after_it_was_listed_stops_the_run_and_is_named(
     listed = storage.read_bytes(changing)
     list_archive = engine.what_is_asked
 
-    def list_then_change(*asked: Any) -> ledger.Run:
+    def list_then_change(*asked: Any) -> Run:
         run = list_archive(*asked)
         storage.write_bytes(changing, listed + bytes(10240))
         return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import pytest
 
@@ -66,6 +68,17 @@ class TestChoice:
         small = Sample("a", 1, "1", b"small")
         assert golden.candidates([large, small]) == [small]
         assert golden.candidates([large]) == [large]
+
+    def test_incomplete_pairs_that_are_scored_are_among_them(self) -> None:
+        of = samples(40)
+        for i in (31, 35):
+            of[i] = replace(of[i], image=None)
+        for i in (22, 33):
+            of[i] = replace(of[i], caption=" ")
+        found = golden.choose(of, scores(of, [i / 40 for i in range(40)]), LABELS)
+        assert found.num_rows == golden.ROWS
+        assert {22, 31} <= set(found[rows.ROW].to_pylist())
+        assert golden.inputs(found) == [of[i] for i in found[rows.ROW].to_pylist()]
 
     def test_nothing_scored_says_why(self) -> None:
         with pytest.raises(BundleError, match="none of 2 samples can be scored: image corrupt"):

@@ -53,3 +53,16 @@ def test_groups_stay_together_in_seeded_order() -> None:
     order = groups.seeded_order(group, keys, seed=3)
     assert sorted(order) == list(range(6))
     assert (np.diff(group[order]) != 0).sum() == 2
+
+
+def test_merging_pairs_joins_all_that_hang_together() -> None:
+    random = np.random.default_rng(0)
+    one, other = random.integers(0, 300, (2, 200))
+    root = np.arange(300)
+    groups.merge(root, [(one[:50], other[:50]), (one[50:], other[50:])])
+    for row, first in enumerate(root):
+        assert root[first] == first <= row
+    assert (root[one] == root[other]).all()
+    assert len(np.unique(root)) == 300 - np.linalg.matrix_rank(
+        np.eye(300)[one] - np.eye(300)[other]
+    )

@@ -26,6 +26,8 @@ import tiny
 import yaml
 
 from mmray import ledger, storage
+from mmray.bundle import read_manifest
+from mmray.client import Client
 from mmray.config import load
 from mmray.verify import verify
 
@@ -39,9 +41,10 @@ START_ATTEMPTS = 3  # Ray gives up after 30 s, which a busy machine can take
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running head node: where its jobs API listens, and the environment of its clients."""
+    """A running head node: where its jobs API and metrics are, the environment of its clients."""
 
     dashboard: str
+    metrics: str
     environment: Mapping[str, str]
 
     def submit(self, *command: str, token: bool = True) -> subprocess.CompletedProcess[str]:
@@ -75,7 +78,7 @@ def cluster(s3_endpoint: object) -> Iterator[Cluster]:
             if not head.started():
                 assert attempt < START_ATTEMPTS, f"the cluster did not start:\n{head.logs()}"
                 continue
-            yield Cluster(head.dashboard, head.environment)
+            yield Cluster(head.dashboard, head.metrics, head.environment)
             assert head.process.poll() is None, f"the cluster ended by itself:\n{head.logs()}"
             return
         finally:
@@ -88,7 +91,8 @@ class Head:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        gcs, dashboard, client, agent = free_ports(4)
+        gcs, dashboard, client, agent, metrics = free_ports(5)
+        self.metrics = f"http://127.0.0.1:{metrics}/metrics"
         self.dashboard = f"http://127.0.0.1:{dashboard}"
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("RAY_")
@@ -102,6 +106,7 @@ class Head:
         command = [BIN / "ray", "start", "--head", "--block", "--num-cpus=2"]
         command += [f"--temp-dir={folder}/ray", f"--port={gcs}", f"--dashboard-port={dashboard}"]
         command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}"]
+        command += [f"--metrics-export-port={metrics}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
         command += ["--object-store-memory=200000000"]
         with (folder / "start.log").open("w") as log:
@@ -191,6 +196,46 @@ def test_a_job_with_a_wrong_argument_fails_in_one_line(cluster: Cluster, tmp_pat
     (line,) = {line for line in job.stdout.splitlines() if line.startswith("mmray: ")}
     assert str(tmp_path / "none") in line
     assert "Traceback" not in job.stdout
+
+
+def test_what_emit_config_prints_is_what_serve_deploy_takes(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    uri, (port,) = tiny.bundle(str(tmp_path / "bundle")), free_ports(1)
+    sets = ["--set", "score.cpus=0.5", "--set", "decode.cpus=0.5"]
+    emitted = cluster.run(["mmray", "serve", uri, "--port", str(port), *sets, "--emit-config"])
+    assert emitted.returncode == 0, emitted.stderr
+    (app,) = yaml.safe_load(emitted.stdout)["applications"]
+    endpoint = {"AWS_ENDPOINT_URL": cluster.environment["AWS_ENDPOINT_URL"]}
+    assert app["runtime_env"]["env_vars"].items() >= endpoint.items()
+    (tmp_path / "serve.yaml").write_text(emitted.stdout)
+    deployed = cluster.run(["serve", "deploy", "-a", cluster.dashboard, f"{tmp_path}/serve.yaml"])
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    try:
+        deadline = time.monotonic() + 240
+        with Client(f"http://127.0.0.1:{port}", attempts=1) as client:
+            while not client.ready():
+                assert time.monotonic() < deadline, cluster.run(["serve", "status"]).stdout
+                time.sleep(1)
+            assert client.model()["fingerprint"] == read_manifest(uri).fingerprint
+            assert client.score(tiny.jpeg(1), "a sea").label in tiny.LABELS
+        counted = [
+            r'^ray_mmray_requests\w*\{.*path="/v1/score".*status="200"\} 1',
+            r"^ray_mmray_request_seconds_bucket",
+            r"^ray_mmray_decode_seconds_bucket",
+            r"^ray_serve_actual_batch_size_bucket",
+        ]
+        while missing := [p for p in counted if not re.search(p, prometheus(cluster), re.M)]:
+            assert time.monotonic() < deadline, f"Prometheus is not told of {missing}"
+            time.sleep(1)
+    finally:
+        cluster.run(["serve", "shutdown", "-y", "-a", cluster.dashboard])
+
+
+def prometheus(cluster: Cluster) -> str:
+    """What the node's metrics say, as Prometheus asks for them."""
+    with urllib.request.urlopen(cluster.metrics, timeout=10) as answer:
+        return str(answer.read().decode())
 
 
 JOIN = """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmray import config, learn
 from mmray.config import ImageModel, Model, TextModel, Train
-from mmray.model import FusionModel, build_model, make_spec
+from mmray.counts import AnswerCounts
+from mmray.model import FUSIONS, FusionModel, build_model, make_spec
+from mmray.objective import Objective
 from mmray.preprocess import Prepared
 
 SIZE, WORDS = 16, 12
@@ -65,16 +67,20 @@ def fit(model: FusionModel, cfg: Train, rows: int = 512, epochs: int = 8) -> lis
     return losses
 
 
+def measured(model: Any, found: Iterable[learn.Batch]) -> learn.Evaluation:
+    return learn.evaluate_batches(model, found, AnswerCounts(LABELS))
+
+
 FAST = Train(lr=3e-3, precision="float32")
 
 
-@pytest.mark.parametrize("fusion", ["concat", "gated"])
+@pytest.mark.parametrize("fusion", FUSIONS)
 def test_fusion_learns_what_needs_both_picture_and_caption(fusion: Any) -> None:
     model = small_model(fusion=fusion)
     fit(model, FAST)
-    held_out = learn.evaluate_batches(model, batches(*toy(301, seed=2), size=64), LABELS)
-    assert held_out.confusion.rows == 301
-    assert held_out.confusion.report()["accuracy"] > 0.95
+    held_out = measured(model, batches(*toy(301, seed=2), size=64))
+    assert held_out.counts.rows == 301
+    assert held_out.counts.report()["accuracy"] > 0.95
     assert model.training
 
 
@@ -82,8 +88,8 @@ def test_fusion_learns_what_needs_both_picture_and_caption(fusion: Any) -> None:
 def test_one_modality_cannot_learn_it(modalities: Any) -> None:
     model = small_model(modalities=modalities)
     fit(model, FAST, epochs=3)
-    held_out = learn.evaluate_batches(model, batches(*toy(301, seed=2), size=64), LABELS)
-    assert held_out.confusion.report()["accuracy"] < 0.65
+    held_out = measured(model, batches(*toy(301, seed=2), size=64))
+    assert held_out.counts.report()["accuracy"] < 0.65
 
 
 def test_training_repeats_itself_with_the_same_seed() -> None:
@@ -114,10 +120,10 @@ def test_collate_pads_tokens_to_the_longest_and_nothing_else() -> None:
 def test_evaluation_counts_every_row_once_whatever_the_batches() -> None:
     model = small_model().eval()
     prepared, labels = toy(50, seed=5)
-    whole = learn.evaluate_batches(model, batches(prepared, labels, 50), LABELS)
-    small = learn.evaluate_batches(model, batches(prepared, labels, 7), LABELS)
-    assert whole.confusion.rows == small.confusion.rows == 50
-    assert np.array_equal(whole.confusion.matrix, small.confusion.matrix)
+    whole = measured(model, batches(prepared, labels, 50))
+    small = measured(model, batches(prepared, labels, 7))
+    assert whole.counts.rows == small.counts.rows == 50
+    assert np.array_equal(whole.counts.decisions.matrix, small.counts.decisions.matrix)
     assert whole.loss == pytest.approx(small.loss, rel=1e-4)
     batch = learn.collate(prepared, labels)
     with torch.inference_mode():
@@ -126,8 +132,8 @@ def test_evaluation_counts_every_row_once_whatever_the_batches() -> None:
     want = torch.nn.functional.cross_entropy(logits, batch.labels)
     assert whole.loss == pytest.approx(float(want), rel=1e-4)
     assert not model.training
-    nothing = learn.evaluate_batches(model, [], LABELS)
-    assert nothing.confusion.rows == 0 and nothing.loss == 0.0
+    nothing = measured(model, [])
+    assert nothing.counts.rows == 0 and nothing.loss == 0.0
 
 
 def test_a_step_reports_mean_loss_and_correct_rows_before_it_moved() -> None:
@@ -163,6 +169,38 @@ def test_rows_spread_unevenly_over_processes_weigh_the_same() -> None:
         gradient(prepared[:1], labels[:1], math.inf),
     ]
     torch.testing.assert_close(torch.stack(parts).mean(0), whole)
+
+
+@pytest.mark.parametrize("parts", [2, 5, 99])
+def test_a_step_taken_in_parts_is_the_same_step(parts: int) -> None:
+    """More rows than fit on a device at once must not change what is learned."""
+    prepared, labels = toy(12, seed=4)
+    batch = learn.collate([Prepared(None, row.tokens) for row in prepared], labels)
+
+    def step(accumulate: int) -> tuple[learn.StepResult, dict[str, torch.Tensor]]:
+        model = small_model(modalities="text", dropout=0.0).train()
+        cfg = FAST.model_copy(update={"accumulate": accumulate, "grad_clip": 0.1})
+        optimizer = learn.make_optimizer(model, cfg)
+        objective = Objective(weights=torch.tensor([0.5, 2.0]))
+        result = learn.train_step(model, batch, optimizer, 1e-3, cfg, objective=objective, rows=7)
+        return result, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    (whole, want), (taken, got) = step(1), step(parts)
+    assert float(taken.loss) == pytest.approx(float(whole.loss), rel=1e-5)
+    assert int(taken.correct) == int(whole.correct)
+    assert float(taken.grad_norm) == pytest.approx(float(whole.grad_norm), rel=1e-4)
+    for name, grad in want.items():
+        torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_is_split_into_all_its_rows_in_order() -> None:
+    batch = learn.collate(*toy(7, seed=1))
+    parts = batch.split(3)
+    assert [len(part) for part in parts] == [2, 2, 3]
+    for name in ("pixels", "tokens", "mask", "labels"):
+        joined = torch.cat([getattr(part, name) for part in parts])
+        assert torch.equal(joined, getattr(batch, name)), name
+    assert len(batch.split(20)) == 7
 
 
 def test_gradients_are_clipped_to_the_global_norm() -> None:
@@ -203,6 +241,22 @@ def test_learning_rates_of_backbones_and_of_the_rest(tmp_path: Path) -> None:
     assert isinstance(optimizer, torch.optim.AdamW)
 
 
+def test_an_encoders_own_learning_rate_goes_before_all_others() -> None:
+    model = small_model(
+        image=ImageModel(lr=2e-4), text=TextModel(encoder="gru", dim=32, lr=4e-2), dropout=0.0
+    ).train()
+    cfg = Train(lr=1e-2, backbone_lr=1e-4, precision="float32")
+    optimizer = learn.make_optimizer(model, cfg)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learn.train_step(model, learn.collate(*toy(8, seed=0)), optimizer, 5e-3, cfg)  # half way up
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(before)
+    for name, p in model.named_parameters():
+        want = {"image": 1e-4, "text": 2e-2}.get(name.partition(".")[0], 5e-3)
+        assert rates[p] == pytest.approx(want), name
+        assert float((p.detach() - before[name]).abs().max()) < 1.2 * want  # Adam's first step
+
+
 def test_learning_rate_warms_up_and_falls() -> None:
     cfg = Train(lr=1.0, warmup=0.2, schedule="cosine")
     rates = [learn.lr_at(step, 50, cfg) for step in range(50)]
@@ -214,25 +268,6 @@ def test_learning_rate_warms_up_and_falls() -> None:
     constant = Train(lr=1.0, warmup=0.0, schedule="constant")
     assert {learn.lr_at(step, 50, constant) for step in range(50)} == {1.0}
     assert learn.lr_at(0, 1, cfg) == 1.0
-
-
-def test_class_weights_balance_and_spare_absent_classes() -> None:
-    assert learn.class_weights([10, 30], Train()) is None
-    cfg = Train(class_weights="balanced")
-    weights = learn.class_weights([10, 30, 0], cfg)
-    assert weights is not None
-    assert weights.tolist() == pytest.approx([2.0, 2 / 3, 0.0])
-    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 1, 1])
-    total = learn.loss_sum(logits, labels, weights_C=weights)
-    rows = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    assert float(total) == pytest.approx(float((rows * weights[labels]).sum()), rel=1e-5)
-
-
-def test_label_smoothing_is_torchs() -> None:
-    logits, labels = torch.randn(4, 3), torch.tensor([0, 1, 1, 2])
-    want = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-    got = learn.loss_sum(logits, labels, label_smoothing=0.1) / 4
-    assert float(got) == pytest.approx(float(want))
 
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +319,7 @@ def test_a_wrapped_model_trains_and_evaluates_alike(tmp_path: Path) -> None:
         assert float(a.loss) == pytest.approx(float(b.loss))
         for x, y in zip(plain.parameters(), inner.parameters(), strict=True):
             torch.testing.assert_close(x, y)
-        assert learn.evaluate_batches(wrapped, [batch], LABELS).confusion.rows == 16
+        assert measured(wrapped, [batch]).counts.rows == 16
     finally:
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ import pytest
 from mmray import ledger
 from mmray.archive.shards import Shard
 from mmray.errors import ConfigError, NotFound
+from mmray.scoring_run import Run, open_run, read_run
 from mmray.targets import Target, Targets
 from mmray.verify import verify
 
@@ -23,7 +24,7 @@ def target(name: str = "2024/00000.tar", size: int = 10, etag: str = "e1") -> Ta
     return Target(Shard(name, size, etag, "tar"))
 
 
-def make_run(*targets: Target, **changes: object) -> ledger.Run:
+def make_run(*targets: Target, **changes: object) -> Run:
     values = {
         "archive": "/archive",
         "bundle": "/bundle",
@@ -32,7 +33,7 @@ def make_run(*targets: Target, **changes: object) -> ledger.Run:
         "targets": Targets.of(targets or (target(),)),
         "chunk_rows": 4,
     }
-    return ledger.Run(**(values | changes))
+    return Run(**(values | changes))
 
 
 def scores(shard: str, start: int, stop: int, aside: frozenset[int] = frozenset()) -> pa.Table:
@@ -82,6 +83,18 @@ def test_commit_merges_overlapping_parts_into_every_row_once(tmp_path: Path) -> 
     assert ledger.covered(out) == {} and ledger.done_shards(out).to_pylist() == [shard]
 
 
+def test_commit_called_again_after_its_put_finds_the_shard_committed(tmp_path: Path) -> None:
+    out, one = str(tmp_path), target()
+    shard, run = one.shard.path, make_run(one)
+    ledger.write_part(out, shard, 0, 9, scores(shard, 0, 9, frozenset({5})))
+    record = ledger.commit(out, run, one, 9, None)
+    before = (tmp_path / "scores" / "2024" / "00000.tar.parquet").read_bytes()
+    assert ledger.commit(out, run, one, 9, None) == record
+    ledger.write_part(out, shard, 4, 9, scores(shard, 4, 9))  # the others were dropped already
+    assert ledger.commit(out, run, one, 9, None) == record and ledger.covered(out) == {}
+    assert (tmp_path / "scores" / "2024" / "00000.tar.parquet").read_bytes() == before
+
+
 def test_commit_refuses_a_shard_with_a_gap(tmp_path: Path) -> None:
     out, one = str(tmp_path), target()
     ledger.write_part(out, one.shard.path, 0, 4, scores(one.shard.path, 0, 4))
@@ -100,16 +113,16 @@ def test_an_unreadable_shard_is_committed_empty_with_its_problem(tmp_path: Path)
 
 def test_run_survives_its_json() -> None:
     run = make_run(target(), target("b.parquet"), trial="--limit 3", embedding_dim=8)
-    assert ledger.Run.from_json(run.to_json(), "here") == run
+    assert Run.from_json(run.to_json(), "here") == run
 
 
 def test_a_run_json_of_another_version_or_none_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="holds no scoring run"):
-        ledger.read_run(str(tmp_path))
+        read_run(str(tmp_path))
     tree = json.loads(make_run().to_json()) | {"format": 99}
     for text in (json.dumps(tree).encode(), b"{}", b"not json", b"\xff"):
         with pytest.raises(ConfigError):
-            ledger.Run.from_json(text, "here")
+            Run.from_json(text, "here")
 
 
 @pytest.mark.parametrize(
@@ -122,28 +135,28 @@ def test_a_run_json_of_another_version_or_none_is_one_clear_error(tmp_path: Path
     ],
 )
 def test_another_runs_out_is_refused(tmp_path: Path, changes: dict[str, object], word: str) -> None:
-    ledger.open_run(str(tmp_path), make_run())
+    open_run(str(tmp_path), make_run())
     with pytest.raises(ConfigError, match=word):
-        ledger.open_run(str(tmp_path), make_run(**changes))
+        open_run(str(tmp_path), make_run(**changes))
 
 
 def test_a_changed_shard_is_refused_and_a_new_one_joins(tmp_path: Path) -> None:
     out = str(tmp_path)
-    first, resumed = ledger.open_run(out, make_run(target("a.tar")))
+    first, resumed = open_run(out, make_run(target("a.tar")))
     assert not resumed
     with pytest.raises(ConfigError, match=r"a\.tar"):
-        ledger.open_run(out, make_run(target("a.tar", etag="e2")))
-    grown, resumed = ledger.open_run(out, make_run(target("a.tar"), target("b.tar")))
+        open_run(out, make_run(target("a.tar", etag="e2")))
+    grown, resumed = open_run(out, make_run(target("a.tar"), target("b.tar")))
     assert resumed and grown.run_id == first.run_id
     assert [t.shard.path for t in grown.targets] == ["a.tar", "b.tar"]
-    assert ledger.read_run(out) == grown
+    assert read_run(out) == grown
 
 
 # --- verify --------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def finished(tmp_path: Path) -> tuple[Path, ledger.Run]:
+def finished(tmp_path: Path) -> tuple[Path, Run]:
     """An OUT of two shards whose archive exists, as score leaves it."""
     archive, out = tmp_path / "archive", tmp_path / "out"
     archive.mkdir()
@@ -152,7 +165,7 @@ def finished(tmp_path: Path) -> tuple[Path, ledger.Run]:
     from mmray.archive.shards import list_shards
 
     targets = [Target(shard) for shard in list_shards(str(archive))]
-    run, _ = ledger.open_run(str(out), make_run(*targets, archive=str(archive)))
+    run, _ = open_run(str(out), make_run(*targets, archive=str(archive)))
     for one in targets:
         ledger.write_part(str(out), one.shard.path, 0, 4, scores(one.shard.path, 0, 4))
         ledger.commit(str(out), run, one, 4, None)
@@ -169,7 +182,7 @@ def table_rows(first: int, count: int) -> Callable[[pa.Table], pa.Table]:
 
 
 def test_verify_reads_no_scores(
-    finished: tuple[Path, ledger.Run], monkeypatch: pytest.MonkeyPatch
+    finished: tuple[Path, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[object] = []
     read = pq.ParquetFile.read
@@ -183,12 +196,12 @@ def test_verify_reads_no_scores(
     assert asked == [["row"], ["row"]]
 
 
-def test_verify_counts_a_whole_run(finished: tuple[Path, ledger.Run]) -> None:
+def test_verify_counts_a_whole_run(finished: tuple[Path, Run]) -> None:
     verdict = verify(str(finished[0] / "out"))
     assert verdict.ok and (verdict.shards, verdict.rows, verdict.scored) == (2, 8, 8)
 
 
-def test_verify_finds_what_was_done_to_a_run(finished: tuple[Path, ledger.Run]) -> None:
+def test_verify_finds_what_was_done_to_a_run(finished: tuple[Path, Run]) -> None:
     base, _ = finished
     out, file = str(base / "out"), base / "out" / "scores" / "a.tar.parquet"
     whole = file.read_bytes()
@@ -219,7 +232,7 @@ def test_verify_finds_what_was_done_to_a_run(finished: tuple[Path, ledger.Run]) 
     assert "b.tar: changed in the archive" in finding()
 
 
-def test_verify_finds_another_bundles_file(finished: tuple[Path, ledger.Run]) -> None:
+def test_verify_finds_another_bundles_file(finished: tuple[Path, Run]) -> None:
     base, run = finished
     one = run.targets[0]
     other = make_run(*run.targets, archive=run.archive, fingerprint="0" * 64, run_id=run.run_id)

@@ -14,7 +14,7 @@ from mmray.config import ImageModel, Model, TextModel
 from mmray.errors import ConfigError
 from mmray.model import FUSIONS, FusionModel, ModelSpec, build_model, load_pretrained, make_spec
 
-VOCAB, SIZE, CLASSES = 30, 32, 3
+VOCAB, SIZE, CLASSES = 30, 64, 3  # 64 pixels: four patches
 
 
 def spec_of(**fields: Any) -> ModelSpec:
@@ -33,7 +33,7 @@ def inputs(rows: int = 4) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("fusion", FUSIONS)
-@pytest.mark.parametrize("encoder", ["bag", "transformer"])
+@pytest.mark.parametrize("encoder", ["bag", "gru", "transformer"])
 def test_a_gradient_reaches_every_weight_of_both_encoders(fusion: str, encoder: str) -> None:
     model = build_model(spec_of(fusion=fusion, text=TextModel(encoder=encoder, dim=16, heads=2)))
     logits, embedding = model.train()(*inputs())

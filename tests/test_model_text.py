@@ -52,7 +52,7 @@ def text_model(encoder: str, **fields: Any) -> FusionModel:
     return model
 
 
-@pytest.fixture(params=["bag", "transformer", "hf"])
+@pytest.fixture(params=["bag", "gru", "transformer", "hf"])
 def encoder(request: pytest.FixtureRequest) -> str:
     if request.param == "hf":
         name: str = request.getfixturevalue("tiny_bert")
@@ -102,6 +102,17 @@ def test_word_order_is_seen_by_all_but_the_bag(encoder: str) -> None:
     logits, _ = model(None, tokens[3:], mask[3:])
     swapped, _ = model(None, tokens[3:].flip(1), mask[3:])
     assert torch.allclose(logits, swapped, atol=1e-5) == (encoder == "bag")
+
+
+def test_bf16_gives_nearly_the_same_and_padding_still_does_not_matter(encoder: str) -> None:
+    model = text_model(encoder).eval()
+    tokens, mask = captions()
+    exact, _ = model(None, tokens, mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        together, _ = model(None, tokens, mask)
+        alone, _ = model(None, tokens[1:2, :4], mask[1:2, :4])
+    torch.testing.assert_close(together, exact, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(alone[0], together[1], rtol=0.02, atol=0.02)
 
 
 def test_a_caption_without_tokens_is_no_nan(encoder: str) -> None:
@@ -165,9 +176,12 @@ def test_a_bundle_rebuilds_an_hf_encoder_without_its_folder(
         assert torch.equal(a, b)
 
 
-def test_every_weight_of_an_hf_encoder_gets_a_gradient(tiny_bert: str) -> None:
-    model = text_model(tiny_bert).train()  # DDP stops at weights that never get one
-    model(None, *captions())[0].sum().backward()
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_every_weight_gets_a_gradient(encoder: str, precision: torch.dtype) -> None:
+    model = text_model(encoder).train()  # DDP stops at weights that never get one
+    with torch.autocast("cpu", dtype=precision, enabled=precision != torch.float32):
+        logits, _ = model(None, *captions())
+    logits.sum().backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
 
@@ -192,6 +206,31 @@ def test_what_does_not_fit_the_tokenizer_is_refused(tiny_bert: str) -> None:
         make_spec(cfg, num_classes=2, vocab_size=VOCAB, pad_id=0, max_tokens=33, image_size=8)
     with pytest.raises(ConfigError, match=r"tokenizer: it has 41 tokens, .* knows 40"):
         make_spec(cfg, num_classes=2, vocab_size=41, pad_id=0, max_tokens=8, image_size=8)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert", "mpnet", "longformer"])
+def test_as_many_tokens_as_are_allowed_can_be_read(kind: str, tmp_path: Path) -> None:
+    """RoBERTa's positions begin after its padding token; one caption of full length, hours later,
+    would end the training."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        kind,
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=34,
+        pad_token_id=1,
+        **({"attention_window": [4]} if kind == "longformer" else {}),
+    )
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"max_tokens: got 33; .* at most 32"):
+        text_room.read_hf_config(f"hf:{tmp_path}", vocab_size=VOCAB, max_tokens=33)
+    fields = text_room.read_hf_config(f"hf:{tmp_path}", vocab_size=VOCAB, max_tokens=32)
+    encoder = text_room.HuggingFace(fields).eval()
+    features = encoder(torch.full((1, 32), 5), torch.ones(1, 32, dtype=torch.bool))
+    assert features.tokens.shape == (1, 32, 16)
 
 
 def test_what_is_no_text_encoder_is_refused(tmp_path: Path) -> None:

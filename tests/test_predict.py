@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from mmray.config import (
     Train,
 )
 from mmray.errors import BadRow, BundleError, ConfigError, RunError
+from mmray.learn import collate
 from mmray.model import build_model, make_spec
 from mmray.predict import Predictor, golden_table
 from mmray.preprocess import train_tokenizer
@@ -42,7 +44,7 @@ def pair(row: int) -> Sample:
     return Sample("00000.tar", row, f"{row:05d}", tiny.jpeg(row, 40 + row), text)
 
 
-def opinionated(modalities: Modalities = "both") -> Bundle:
+def opinionated(modalities: Modalities = "both", missing: bool = False) -> Bundle:
     """An untrained bundle whose scores differ a lot from pair to pair."""
     cfg = Preprocess(
         image=ImagePreprocess(size=32), text=TextPreprocess(vocab_size=300, max_tokens=32)
@@ -50,7 +52,12 @@ def opinionated(modalities: Modalities = "both") -> Bundle:
     tokenizer = train_tokenizer((tiny.caption(i) for i in range(50)), cfg.text)
     text = modalities != "image"
     spec = make_spec(
-        Model(modalities=modalities, text=TextModel(dim=32, layers=1, heads=2), hidden=32),
+        Model(
+            modalities=modalities,
+            text=TextModel(dim=32, layers=1, heads=2),
+            hidden=32,
+            missing=missing,
+        ),
         num_classes=3,
         vocab_size=tokenizer.vocab_size if text else None,
         pad_id=tokenizer.pad_id,
@@ -193,12 +200,77 @@ class TestRows:
             {"image": "no image", "text": "no caption"}[modalities],
         ]
 
+    def test_a_model_that_does_without_one_scores_what_there_is(
+        self, damaged: list[Sample]
+    ) -> None:
+        bundle = opinionated(missing=True)
+        kept = golden_table(bundle, damaged)
+        predictor = Predictor(replace(bundle, golden=kept), "cpu", "float32", batch_size=4)
+        assert {2, 6} <= set(kept[rows.ROW].to_pylist())  # one without caption, one without image
+        assert predictor.check_golden() < 1e-5
+        table = predictor.score_table([*damaged, replace(damaged[6], caption=None)])
+        errors = table[rows.ERROR].to_pylist()
+        assert [i for i, error in enumerate(errors) if error is not None] == [1, 3, 7, 12]
+        assert errors[12] == "neither image nor caption"
+        for i in (0, 2, 6, 11):
+            alone = predictor.score_table([damaged[i]])
+            np.testing.assert_allclose(
+                probabilities(table)[i], probabilities(alone)[0], rtol=1e-4, atol=1e-5
+            )
+        whole = [pair(row) for row in (2, 6)]
+        for i, as_pair in zip((2, 6), probabilities(predictor.score_table(whole)), strict=True):
+            assert np.abs(probabilities(table)[i] - as_pair).max() > 1e-3
+
     def test_what_is_prepared_elsewhere_gives_the_same_scores(self, predictor: Predictor) -> None:
         samples = [pair(1), replace(pair(2), image=None), pair(3)]
         left, prepared = predictor.preprocessor.prepare_all(samples)
         bare = [replace(sample, image=None) for sample in left]
         again = predictor.score(bare, prepared)
         assert again.table == predictor.score_table(samples) and again.seconds_predict > 0
+
+
+@pytest.fixture(scope="module")
+def several(made: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    bundle = replace(made, task="multilabel", golden=None)
+    uri = str(tmp_path_factory.mktemp("several"))
+    bundle.save(uri, golden=golden_table(bundle, [pair(row) for row in range(12)]))
+    return bundles.load(uri)
+
+
+class TestSeveralLabels:
+    """A multilabel bundle gives each label by itself."""
+
+    def test_probabilities_are_of_each_label_by_itself(self, several: Bundle) -> None:
+        predictor = Predictor(several, "cpu", "float32")
+        samples = [pair(row) for row in range(12)]
+        scores = predictor.score_table(samples)
+        inputs = collate([predictor.prepare(sample) for sample in samples])
+        with torch.inference_mode():
+            logits, _ = several.build_model()(inputs.pixels, inputs.tokens, inputs.mask)
+        np.testing.assert_allclose(probabilities(scores), logits.sigmoid().numpy(), atol=1e-5)
+
+    def test_the_label_is_all_that_are_probable(self, several: Bundle) -> None:
+        scores = Predictor(several, "cpu").score_table([pair(row) for row in range(12)])
+        assert scores.schema.equals(rows.scores_schema(several.labels))
+        for row in scores.to_pylist():
+            given = [label for label in several.labels if row[f"p_{label}"] >= 0.5]
+            assert row["label"] == "|".join(given)
+
+    def test_no_label_at_all_is_an_answer_and_no_error(self, several: Bundle) -> None:
+        never = safetensors.torch.load(several.weights)
+        bias = next(name for name in never if name.startswith("head") and name.endswith("bias"))
+        never[bias] -= 100
+        bundle = replace(several, weights=safetensors.torch.save(never), golden=None)
+        bundle = replace(bundle, golden=golden_table(bundle, [pair(0), pair(1)]))
+        predictor = Predictor(bundle, "cpu")
+        predictor.check_golden()
+        cut = replace(pair(1), image=b"no picture")
+        (none, broken) = predictor.score_table([pair(0), cut]).to_pylist()
+        assert none["label"] == "" and none["error"] is None
+        assert broken["label"] is None and broken["error"] is not None
+
+    def test_golden_pairs_hold(self, several: Bundle) -> None:
+        assert Predictor(several, "cpu").check_golden() < 1e-3
 
 
 class Faulty(nn.Module):
@@ -208,8 +280,8 @@ class Faulty(nn.Module):
         super().__init__()
         self.model, self.fault = model, fault
 
-    def forward(self, pixels: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor) -> Any:
-        return self.fault(pixels, lambda: self.model(pixels, tokens, mask))
+    def forward(self, pixels: torch.Tensor, *others: torch.Tensor | None) -> Any:
+        return self.fault(pixels, lambda: self.model(pixels, *others))
 
 
 WHITE = 250

@@ -69,6 +69,32 @@ def test_a_pair_that_lacks_what_the_model_needs_says_what() -> None:
         assert set_aside(replace(PAIR, caption=blank), "text") == ("caption", "empty caption")
 
 
+def test_a_model_that_does_without_one_of_them_says_what_is_broken_all_the_same() -> None:
+    preprocessor = Preprocessor(CFG, TOKENIZER, "both", missing=True)
+    whole, without_image = (
+        preprocessor.prepare(PAIR),
+        preprocessor.prepare(replace(PAIR, image=None)),
+    )
+    assert whole.pixels is not None and without_image.pixels is None
+    assert np.array_equal(whole.pixels, prepared(PAIR).pixels)  # type: ignore[arg-type]
+    for one in (whole, without_image):
+        assert one.tokens is not None and (one.tokens == prepared(PAIR).tokens).all()
+    for nothing in (None, "", " \n", "&nbsp;"):
+        without_caption = preprocessor.prepare(replace(PAIR, caption=nothing))
+        assert without_caption.tokens is None
+        assert np.array_equal(without_caption.pixels, whole.pixels)  # type: ignore[arg-type]
+        with pytest.raises(BadRow) as caught:
+            preprocessor.prepare(replace(PAIR, image=None, caption=nothing))
+        assert (caught.value.stage, str(caught.value)) == ("image", "neither image nor caption")
+    for damaged, reason in ((b"", "image empty"), (b"junk", "image not recognised")):
+        with pytest.raises(BadRow, match=reason):
+            preprocessor.prepare(replace(PAIR, image=damaged))
+    with pytest.raises(BadRow, match="caption not UTF-8"):
+        preprocessor.prepare(
+            replace(PAIR, caption=None, error="caption not UTF-8: x", error_stage="read")
+        )
+
+
 def test_a_caption_of_urls_alone_is_scored_even_where_urls_are_dropped() -> None:
     tokens = prepared(replace(PAIR, caption="http://t.co/abc")).tokens
     assert tokens is not None

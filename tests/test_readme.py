@@ -14,8 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-#: Run here. The others: make's targets are looked up below, and tests/test_jobs.py submits a job.
-TOUR = [block for block in BLOCKS if "mmray" in block and "ray job" not in block]
+#: Run here. The others: make's targets are looked up below, and tests/test_jobs.py submits a job,
+#: and tests/test_engine_serve.py serves.
+ELSEWHERE = ("ray job", "mmray serve")
+TOUR = [
+    block for block in BLOCKS if "mmray" in block and not any(word in block for word in ELSEWHERE)
+]
 
 
 def test_the_blocks_are_all_known() -> None:
@@ -23,6 +27,7 @@ def test_the_blocks_are_all_known() -> None:
     assert [block.split()[:3] for block in others] == [
         ["make", "demo", "make"],
         ["ray", "job", "submit"],
+        ["mmray", "serve", "tour/model"],
     ]
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "\ndemo: install" in makefile and "\ntest: install" in makefile

@@ -11,10 +11,11 @@ import pytest
 from mmray import ledger, rejects
 from mmray.archive.shards import Shard
 from mmray.errors import Conflict
+from mmray.scoring_run import Run
 from mmray.targets import Target, Targets
 
 SHARD = Target(Shard("2024/a.tar", 100, "e1", "tar"))
-RUN = ledger.Run("/archive", "/bundle", "f" * 64, ("cat", "dog"), Targets.of([SHARD]), 4, 2)
+RUN = Run("/archive", "/bundle", "f" * 64, ("cat", "dog"), Targets.of([SHARD]), 4, 2)
 ERRORS = {1: "worker died: every time", 4: "image truncated: cut", 5: "no image"}
 
 

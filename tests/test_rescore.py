@@ -14,6 +14,7 @@ from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
 from mmray.predict import Predictor
 from mmray.rescore import rescore
+from mmray.scoring_run import Run, open_run, read_run
 from mmray.targets import Target, Targets
 
 
@@ -24,10 +25,8 @@ def out(tmp_path: Path) -> str:
     archive = tiny.write_archive(tmp_path / "archive", [6, 20])
     loaded, where = bundles.load(bundle), str(tmp_path / "out")
     targets = Targets.of(map(Target, list_shards(str(archive))))
-    run = ledger.Run(
-        str(archive), bundle, loaded.fingerprint, loaded.labels, targets, chunk_rows=64
-    )
-    ledger.open_run(where, run)
+    run = Run(str(archive), bundle, loaded.fingerprint, loaded.labels, targets, chunk_rows=64)
+    open_run(where, run)
     predictor = Predictor(loaded)
     for target in targets:
         samples = [s for s in read_shard(str(archive), target.shard) if isinstance(s, Sample)]
@@ -42,7 +41,7 @@ def test_scores_that_follow_hold(out: str) -> None:
 
 
 def test_other_scores_are_found(out: str) -> None:
-    run = ledger.read_run(out)
+    run = read_run(out)
     target = run.targets[1]
     scores = ledger.read_scores(ledger.scores_uri(out, target.shard.path))
     names = [name for name in scores.column_names if name.startswith("p_")]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 LABELS = ("calm", "wild")
 WORDS = [
@@ -37,6 +37,28 @@ def jpeg(seed: int, size: int = 48) -> bytes:
     noise = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     sink = io.BytesIO()
     Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).save(sink, "JPEG")
+    return sink.getvalue()
+
+
+def scene(seed: int, size: int = 256) -> Image.Image:
+    """A picture with structure of every size."""
+    random = np.random.default_rng(seed)
+    noise = random.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(12):
+        x, y, w, h = random.integers(0, size, 4) / (1, 1, 3, 3)
+        colour = tuple(random.integers(0, 256, 3).tolist())
+        draw.ellipse((x, y, x + w, y + h), fill=colour)
+    return image
+
+
+def plain_jpeg(colour: tuple[int, int, int], seed: int, size: int = 48) -> bytes:
+    """A JPEG of nearly one colour."""
+    noise = np.random.default_rng(seed).integers(-20, 21, (size, size, 3))
+    sink = io.BytesIO()
+    picture = Image.fromarray((noise + colour).clip(0, 255).astype(np.uint8))
+    picture.save(sink, "JPEG")
     return sink.getvalue()
 
 
@@ -77,8 +99,9 @@ def write_archive(root: Path, shards: Sequence[int]) -> Path:
     return root
 
 
-def bundle(uri: str, seed: int = 0) -> str:
-    """An untrained two-class image + text bundle of 32-pixel pictures; differs by ``seed``."""
+def bundle(uri: str, seed: int = 0, size: int = 32, **model: Any) -> str:
+    """An untrained two-class image + text bundle of pictures of ``size`` pixels; differs by
+    ``seed`` and the further keys of ``model``."""
     import torch
 
     from mmray import bundle as bundles
@@ -97,16 +120,16 @@ def bundle(uri: str, seed: int = 0) -> str:
     from mmray.preprocess import train_tokenizer
 
     preprocess = Preprocess(
-        image=ImagePreprocess(size=32), text=TextPreprocess(vocab_size=300, max_tokens=16)
+        image=ImagePreprocess(size=size), text=TextPreprocess(vocab_size=300, max_tokens=16)
     )
     tokenizer = train_tokenizer((caption(i) for i in range(50)), preprocess.text)
     spec = make_spec(
-        Model(text=TextModel(encoder="bag", dim=16), hidden=16),
+        Model(text=TextModel(encoder="bag", dim=16), hidden=16, **model),
         num_classes=2,
         vocab_size=tokenizer.vocab_size,
         pad_id=tokenizer.pad_id,
         max_tokens=16,
-        image_size=32,
+        image_size=size,
     )
     torch.manual_seed(seed)
     made = bundles.make(

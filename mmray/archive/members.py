@@ -217,7 +217,7 @@ class _Plain:
 
     def read(self, count: int) -> bytes:
         # Asked for no more than there is: a damaged size must not allocate what it claims.
-        data = self._stream.read(min(count, self._size - self.position))
+        data = self._stream.read(max(0, min(count, self._size - self.position)))
         self.position += len(data)
         return data
 

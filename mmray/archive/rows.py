@@ -33,8 +33,9 @@ class Sample:
     """One pair as its archive holds it.
 
     ``image`` and ``caption`` are None when the archive has none. ``fields`` are the further
-    columns that were asked for (JSON scalars). ``error`` is None, or why the pair cannot be used,
-    as ``reason`` or ``reason: detail``; ``error_stage`` is then one of ``STAGES``.
+    columns that were asked for (JSON scalars, or lists of them). ``error`` is None, or why the pair
+    cannot be used, as ``reason`` or ``reason: detail``; ``error_stage`` is then one of ``STAGES``.
+    ``byte`` is where it begins in its tar, 0 where a reader cannot begin there; it is in no table.
     """
 
     shard: str
@@ -45,6 +46,7 @@ class Sample:
     fields: Mapping[str, Any] = field(default_factory=dict)
     error: str | None = None
     error_stage: str | None = None
+    byte: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,8 @@ def probability_columns(labels: Sequence[str]) -> list[str]:
 def scores_schema(labels: Sequence[str], embedding_dim: int | None = None) -> pa.Schema:
     """Schema of a score file for a classifier over ``labels``.
 
-    ``label`` is the most probable label, ``p_<label>`` float32 probabilities in [0, 1]; all null
+    ``label`` is the most probable label, or, where a row may have several, all that are probable
+    joined by a separator, "" for none; ``p_<label>`` float32 probabilities in [0, 1]; all null
     where ``error`` is set. With ``embedding_dim``, ``embedding`` is float16 of that length.
     """
     columns: list[tuple[str, pa.DataType]] = [

@@ -61,7 +61,8 @@ def read_tar(
             if want.past(rows):
                 yield ShardEnd(shard, rows)
                 return
-            group = _Group(shard, rows, key, want, caption_field)
+            byte = member.begin if members.enterable else 0
+            group = _Group(shard, rows, byte, key, want, caption_field)
             if key in ended:
                 group.fail(f"key came back: {key!r} had already ended")
             ended.add(key)
@@ -78,12 +79,13 @@ class _Group:
     """The members of one sample, as they come."""
 
     def __init__(
-        self, shard: str, row: int, key: str, want: Want, caption_field: str | None
+        self, shard: str, row: int, byte: int, key: str, want: Want, caption_field: str | None
     ) -> None:
         self.key = key
         self._caption_field = caption_field
         self._shard = shard
         self._row = row
+        self._byte = byte
         self._want = want
         self._wanted = want.row(row)
         self._image: bytes | None = None
@@ -146,6 +148,7 @@ class _Group:
             fields=self._want.pick(fields),
             error=self._error,
             error_stage=None if self._error is None else "read",
+            byte=self._byte,
         )
 
     def _record(self) -> dict[str, Any] | str:

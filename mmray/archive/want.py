@@ -46,14 +46,21 @@ class Want:
         return tuple(self.fields) == ALL_FIELDS
 
     def pick(self, found: Mapping[str, Any]) -> dict[str, Any]:
-        """The wanted ones of a row's further columns: JSON scalars, or anything for ALL_FIELDS."""
+        """The wanted ones of a row's further columns: JSON scalars and lists of them, or anything
+        for ALL_FIELDS."""
         if self.all_fields:
             return {name: whole_text(value) for name, value in found.items()}
         return {
             name: whole_text(found[name])
             for name in self.fields
-            if name in found and not isinstance(found[name], (dict, list))
+            if name in found and not _nested(found[name])
         }
+
+
+def _nested(value: Any) -> bool:
+    """Whether a JSON value is an object, or a list that holds more than scalars."""
+    inner = value if isinstance(value, list) else [value]
+    return any(isinstance(item, (dict, list)) for item in inner)
 
 
 def whole_text(value: Any) -> Any:

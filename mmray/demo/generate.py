@@ -34,7 +34,6 @@ QUADRANTS: tuple[tuple[Weather, Tone], ...] = (
     ("stormy", "complaint"),
 )
 TABLE = "pairs.csv"  # in the source folder, beside images/
-ODD = "odd"  # split of the pairs in the odd tar: scored, but not trained on
 DEV_SHARE = 5  # every fifth quartet of pairs is held out
 BAD_IMAGES = ("truncated", "zero-byte", "not an image", "broken header")
 BAD_MEMBERS = ("no caption", "no image", "two images", "not UTF-8", "blank caption")
@@ -62,7 +61,7 @@ def label_of(weather: Weather, tone: Tone) -> str:
 def pairs(count: int, seed: int = 0) -> Iterator[Pair]:
     """``count`` pairs (a multiple of 20, so that all four combinations come out equal in both
     splits), in shuffled order; the same seed gives the same bytes. No caption comes twice, not
-    even one that differs only in its URL."""
+    even one that differs only in its URL or mentions."""
     if count <= 0 or count % (4 * DEV_SHARE):
         raise ValueError(f"count: got {count}; must be a positive multiple of {4 * DEV_SHARE}")
     rng = random.Random(seed)
@@ -142,8 +141,9 @@ def write_odd_tar(path: Path, count: int, seed: int = 0) -> int:
 
 
 def members(pair: Pair, how: str = "") -> list[tuple[str, bytes]]:
-    """(extension, bytes) of a pair's tar members, broken as ``how`` (of ``BAD_MEMBERS``) says."""
-    fields = {"label": pair.label, "split": ODD}
+    """(extension, bytes) of a pair's tar members, broken as ``how`` (of ``BAD_MEMBERS``) says. It
+    is of no split: scored, and neither trained on nor held out."""
+    fields = {"label": pair.label}
     text = pair.caption.encode()
     found = [("jpg", pair.image), ("txt", text), ("json", json.dumps(fields).encode())]
     if how == "no caption":

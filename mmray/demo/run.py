@@ -32,6 +32,7 @@ from mmray.config import (
     TextPreprocess,
     Train,
     TrainConfig,
+    WorkerRange,
 )
 from mmray.demo import generate
 from mmray.demo.child import Child
@@ -166,7 +167,12 @@ def config(root: str, name: str, size: Size) -> TrainConfig:
             text=TextPreprocess(lowercase=True, vocab_size=1000, max_tokens=48),
         ),
         model=Model(modalities=MODELS[name], text=TextModel(dim=64, layers=1), hidden=128),
-        train=Train(epochs=size.epochs, lr=1.5e-3, num_workers=size.workers, use_gpu=False),
+        train=Train(
+            epochs=size.epochs,
+            lr=1.5e-3,
+            num_workers=WorkerRange(min=size.workers, max=size.workers),
+            use_gpu=False,
+        ),
     )
 
 

@@ -7,7 +7,6 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from mmray import ledger
 from mmray.archive import rows
 from mmray.archive.shards import check_columns, list_shards, read_shard
 from mmray.bundle import Manifest
@@ -15,6 +14,7 @@ from mmray.config import Columns
 from mmray.engine.guard import ROW_SECONDS
 from mmray.engine.ingest import CHUNK_ROWS
 from mmray.errors import ConfigError
+from mmray.scoring_run import Run
 from mmray.targets import Target, Targets
 
 
@@ -33,16 +33,21 @@ class ScoreOptions:
     columns: Columns = Columns()
 
 
-def asked(bundle: str, manifest: Manifest, archive: str, options: ScoreOptions) -> ledger.Run:
+def asked(bundle: str, manifest: Manifest, archive: str, options: ScoreOptions) -> Run:
     """The run that a command asks for. Raises ConfigError when there is nothing to score."""
     targets = _selected(archive, options.shards)
-    used = manifest.spec["config"]["modalities"]
+    model = manifest.spec["config"]
+    used, missing = model["modalities"], model.get("missing", False)
     check_columns(
-        archive, targets[0].shard, options.columns, image=used != "text", caption=used != "image"
+        archive,
+        targets[0].shard,
+        options.columns,
+        image=used != "text" and not missing,
+        caption=used != "image" and not missing,
     )
     if options.limit is not None:
         targets = Targets.of(_first_rows(archive, targets, options))
-    return ledger.Run(
+    return Run(
         archive=archive,
         bundle=bundle,
         fingerprint=manifest.fingerprint,

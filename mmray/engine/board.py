@@ -5,9 +5,11 @@ A worker's prints reach the driver late, prefixed, or not at all; an actor reach
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import ray
@@ -44,11 +46,14 @@ class _Board:
 
 
 class Board:
-    """The driver's end of the board. ``actor`` is what workers are given."""
+    """The driver's end of the board. ``actor`` is what workers are given; what ``watch`` raises
+    ends the waiting for them."""
 
-    def __init__(self, progress: Callable[[str], None]) -> None:
+    def __init__(
+        self, progress: Callable[[str], None], watch: Callable[[], None] = lambda: None
+    ) -> None:
         self.actor: Any = ray.remote(num_cpus=0)(_Board).remote()
-        self._progress = progress
+        self._progress, self._watch = progress, watch
         self._counted: Callable[[int], str] | None = None
         self._last = 0.0
 
@@ -68,9 +73,9 @@ class Board:
         """Run ``job`` in a thread and show what is posted until it ends; ``counted`` words the
         number of rows so far, now and then.
 
-        With ``on_stop``, Ctrl-C says that line and asks the workers to stop: the job then ends by
-        itself; a second one leaves it alone and goes. In a thread, because Ray Train takes SIGINT
-        for itself in the main one and exits with code 0.
+        With ``on_stop``, Ctrl-C or SIGTERM says that line and asks the workers to stop: the job
+        then ends by itself; a second one leaves it alone and goes. In a thread, because Ray Train
+        takes SIGINT for itself in the main one and exits with code 0.
         """
         done: list[T] = []
         failed: list[BaseException] = []
@@ -88,16 +93,18 @@ class Board:
         threading.Thread(target=run, daemon=True).start()
         asked = False
         self._counted, self._last = counted, time.monotonic()
-        while not ended.is_set():
-            try:
-                ended.wait(POLL_SECONDS)
-                self._show()
-            except KeyboardInterrupt:
-                if asked or on_stop is None:
-                    raise
-                asked = True
-                self._progress(on_stop)
-                ray.get(self.actor.stop.remote())
+        with sigterm_as_ctrl_c() if on_stop else contextlib.nullcontext():
+            while not ended.is_set():
+                try:
+                    ended.wait(POLL_SECONDS)
+                    self._show()
+                    self._watch()
+                except KeyboardInterrupt:
+                    if asked or on_stop is None:
+                        raise
+                    asked = True
+                    self._progress(on_stop)
+                    ray.get(self.actor.stop.remote())
         self._show()
         if failed:
             raise failed[0]
@@ -110,6 +117,20 @@ class Board:
         if self._counted is not None and time.monotonic() - self._last >= COUNT_SECONDS:
             self._last = time.monotonic()
             self._progress(self._counted(rows))
+
+
+@contextlib.contextmanager
+def sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, by which `ray job stop` and a machine that is shut down end a command, raises
+    KeyboardInterrupt. Python takes signals in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class Voice:

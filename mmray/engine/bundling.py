@@ -31,22 +31,28 @@ def save_bundle(
     tokenizer: TextTokenizer | None,
     start: bytes,
     done: Mapping[str, Any],
+    *,
+    without_negative: Mapping[str, int] | None = None,
 ) -> Bundle:
-    """Save the best epoch's model with golden pairs from the dev rows.
+    """Save the model of the best epoch, or the soup of some, with golden pairs from the dev rows.
 
-    ``start``: the weights training started from; ``done``: what ``loop.train_loop`` gave.
+    ``start``: the weights training started from; ``done``: what ``loop.train_loop`` gave;
+    ``without_negative``: of a ``match`` training, the rows of each side that have none.
     """
     import safetensors.torch
 
     from mmray.predict import golden_table
 
     cfg, best = plan.cfg, done["best"]
-    trained = storage.read_bytes(storage.join(plan.place, rundir.best_name(best["epoch"])))
+    name = rundir.SOUP if "soup" in best else rundir.best_name(best["epoch"])
+    trained = storage.read_bytes(storage.join(plan.place, name))
     split = {
         **data.split.report.to_dict(),
         "set_aside": ready.reasons(),
         "archive_digest": rundir.archive_digest(plan.shards),
     }
+    if without_negative is not None:
+        split["without_negative"] = dict(without_negative)
     bundle = make(
         labels=data.labels,
         spec=spec,
@@ -55,6 +61,7 @@ def save_bundle(
         state_dict=safetensors.torch.load(start) | safetensors.torch.load(trained),
         tokenizer=tokenizer,
         metrics={**best, "epochs": done["epochs"], "seconds": round(done["seconds"], 1)},
+        task=cfg.task,
         training=Training(data=cfg.data, seed=cfg.seed, train=cfg.train, split=split),
     )
     return bundle.save(cfg.out, golden=golden_table(bundle, _golden_samples(plan, data)))

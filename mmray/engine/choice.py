@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmray import splits
 from mmray.archive import rows
 from mmray.archive.shards import Shard
 from mmray.bundle import Manifest
+from mmray.config import Data
 from mmray.engine.rundir import archive_digest
-from mmray.engine.scan import by_shard, field_names, scan
+from mmray.engine.scan import by_shard, field_names
 from mmray.errors import ConfigError
+from mmray.labels import label_text
 
 AUTO, ALL = "auto", "all"
 
@@ -35,8 +38,18 @@ class Chosen:
         if self.marks is not None:
             return bool(self.marks[sample.shard][sample.row])
         if self.column is not None:
-            return splits.label_text(sample.fields.get(self.column)) == self.value
+            return label_text(sample.fields.get(self.column)) == self.value
         return True
+
+    def mask(self, found: pa.Table) -> npt.NDArray[np.bool_]:
+        """bool [rows]: which of the rows of a scan, in order of (shard, row), it takes."""
+        if self.marks is not None:
+            names = found[rows.SHARD].unique().to_pylist()
+            return np.concatenate([np.zeros(0, dtype=bool), *(self.marks[n] for n in names)])
+        if self.column is not None:
+            mine = pc.fill_null(pc.equal(found[splits.SPLIT], self.value), False)
+            return np.asarray(mine.to_numpy(), dtype=bool)
+        return np.ones(found.num_rows, dtype=bool)
 
 
 def choose_rows(
@@ -52,7 +65,7 @@ def choose_rows(
         return Chosen("all labelled rows")
     column = data.split
     there = column is not None and any(
-        splits.label_text(sample.fields.get(column)) is not None for sample in samples
+        label_text(sample.fields.get(column)) is not None for sample in samples
     )
     if there:
         value = data.dev if split == AUTO else split
@@ -76,25 +89,18 @@ def choose_rows(
     return Chosen(f"{sides[split]} rows of the seeded split", side=sides[split])
 
 
-def held_out(
-    chosen: Chosen,
-    manifest: Manifest,
-    archive: str,
-    shards: Sequence[Shard],
-    *,
-    readers: int,
-) -> Chosen:
-    """``chosen`` with the rows of its side, decided anew as training did."""
+def split_data(manifest: Manifest) -> Data:
+    """By what training split its rows."""
     data = manifest.training.data
-    found = scan(
-        archive,
-        shards,
-        columns=data.columns,
-        label=data.label,
-        split=data.split,
-        captions=False,
-        readers=readers,
-    ).rows
-    sides = splits.assign(found, data=data, seed=manifest.training.seed).sides
+    if "near" not in data.model_fields_set:  # a bundle of before: only identical pictures counted
+        return data.model_copy(update={"near": 0})
+    return data
+
+
+def held_out(chosen: Chosen, manifest: Manifest, found: pa.Table) -> Chosen:
+    """``chosen`` with the rows of its side, decided anew as training did; ``found``: a scan of the
+    archive for ``split_data``."""
+    data, seed = split_data(manifest), manifest.training.seed
+    sides = splits.assign(found, data=data, seed=seed, task=manifest.task).sides
     mine = pc.fill_null(pc.equal(sides, chosen.side), False).to_numpy(zero_copy_only=False)
     return Chosen(chosen.text, marks=by_shard(found, mine))

@@ -8,6 +8,8 @@ starts one.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import json
 import logging
 import os
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 import yaml
 from ray._private import services, worker  # what is used of them is not to be had in public
@@ -24,7 +27,7 @@ from ray.data._internal.execution import streaming_executor_state
 from ray.exceptions import AuthenticationError
 
 import mmray
-from mmray.errors import MmrayError
+from mmray.errors import ConfigError, MmrayError
 
 #: What workers on other machines must know to reach the same storage. Credentials stay at home:
 #: nodes of a cluster have a role, or their own environment.
@@ -38,9 +41,24 @@ PASSED_ON = (
 #: Of a Ray that lives as long as this command, with no dashboard: nobody reads what each of its
 #: processes would report every second, which on two cores costs scoring 2 %.
 UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+#: Of a Ray that is started to serve: HAProxy before replicas that speak HTTP themselves, gRPC among
+#: them, one event loop in each; a request's line is written when it ends, not with 999 others.
+#: https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
+SERVING = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",  # not 4 MiB, of 16 rows
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmray.serving.headers.middlewares",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # bytes; longer headers than that are its 400
+    "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # for a caller who sends nothing
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second takes 3 % of two cores
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # HAProxy hears of it in one
+}
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where a submitted job finds its runtime environment
 AUTOSCALER = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves what the cluster may grow to
 PROBE_SECONDS = 5
+LEAVING_S = 10.0  # that its processes have to end in
 ATTEMPTS = 3  # Ray gives a node 30 s to start, which a busy machine can pass
 
 log = logging.getLogger(__name__)
@@ -58,18 +76,31 @@ class Resources:
     max_gpus: int
 
 
-def connect(*, num_cpus: int | None = None, log_to_driver: bool = False) -> Resources:
+def connect(
+    *,
+    num_cpus: int | None = None,
+    log_to_driver: bool = False,
+    metrics_port: int | None = None,
+) -> Resources:
     """Join or start Ray, once in a process, and say what there is to work with.
 
     ``num_cpus`` limits a Ray that is started here; a cluster that is joined has its own.
-    ``log_to_driver`` shows what workers print. Raises MmrayError when the cluster cannot be joined.
+    ``log_to_driver`` shows what workers print. ``metrics_port`` is where Prometheus finds the
+    figures of a Ray that is started here, on every interface; it has none otherwise. Raises
+    MmrayError when the cluster cannot be joined, ConfigError for a ``metrics_port`` that is taken
+    or is asked of a cluster.
     """
     if not ray.is_initialized():
         address = _find_cluster()
+        if address and metrics_port is not None:
+            raise ConfigError(
+                f"metrics port {metrics_port}: the cluster at {address} has its own, from `ray "
+                "start --metrics-export-port`; leave it out"
+            )
         if address:
             _join(address, log_to_driver)
         else:
-            _start(num_cpus, log_to_driver)
+            _start(num_cpus, log_to_driver, metrics_port)
         logging.getLogger("ray").setLevel(logging.WARNING)
     _quiet_data()
     return resources()
@@ -89,6 +120,12 @@ def resources() -> Resources:
     )
 
 
+def is_own() -> bool:
+    """Whether the Ray that is connected was started here, and ends with this process."""
+    node = worker.global_worker.node
+    return node is not None and bool(node.is_head())
+
+
 def _limit(resource: str) -> int:
     """How much of ``resource`` the nodes may have that the autoscaler is allowed to start; 0 where
     there is none.
@@ -96,8 +133,8 @@ def _limit(resource: str) -> int:
     The autoscaler of `ray up` tells nobody, but leaves its configuration on the head node, where
     jobs run.
     """
-    config, node = Path(AUTOSCALER).expanduser(), worker.global_worker.node
-    if node is None or node.is_head() or not config.is_file():  # a Ray of our own has no autoscaler
+    config = Path(AUTOSCALER).expanduser()
+    if is_own() or not config.is_file():  # a Ray of our own has no autoscaler
         return 0
     tree = yaml.safe_load(config.read_text(encoding="utf-8"))
     kinds = [
@@ -111,18 +148,52 @@ def _limit(resource: str) -> int:
     return limit
 
 
+def prepare_to_serve() -> None:
+    """Set what ``ray.serve`` reads when it is imported, here and in the Ray that is started here;
+    a cluster that is joined has its own environment."""
+    if not ray.is_initialized() and _find_cluster() is None:
+        with socket.socket() as one, socket.socket() as other:
+            ports = {}  # HAProxy's counters have fixed ones, which two servers cannot share
+            for name, free in (("METRICS", one), ("STATS", other)):
+                free.bind(("", 0))
+                ports[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free.getsockname()[1])
+        for name, value in (SERVING | ports).items():
+            os.environ.setdefault(name, value)
+
+
 def disconnect() -> None:
-    """Leave the cluster; one that ``connect`` started ends."""
+    """Leave the cluster; one that ``connect`` started ends, to its last process."""
+    workers = _workers()
     ray.shutdown()
+    # Of Ray 2.60's, one now and then waits for ever on its way out, and keeps its memory.
+    for process in psutil.wait_procs(workers, timeout=LEAVING_S)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has just gone by itself
+            process.kill()
+
+
+def _workers() -> list[psutil.Process]:
+    """What the raylet has started, of a Ray that was started here."""
+    node = worker.global_worker.node
+    raylets = [] if node is None else node.all_processes.get("raylet", [])
+    found: list[psutil.Process] = []
+    for raylet in raylets:
+        with contextlib.suppress(psutil.NoSuchProcess):  # then its workers end, too
+            found += psutil.Process(raylet.process.pid).children(recursive=True)
+    return found
 
 
 # --- starting ------------------------------------------------------------------------------------
 
 
-def _start(num_cpus: int | None, log_to_driver: bool) -> None:
+def _start(num_cpus: int | None, log_to_driver: bool, metrics_port: int | None) -> None:
     """Start Ray here; its workers inherit this process's environment and import path."""
-    for name, value in UNWATCHED.items():
-        os.environ.setdefault(name, value)
+    if metrics_port is None:
+        for name, value in UNWATCHED.items():
+            os.environ.setdefault(name, value)
+    else:
+        _check_free(metrics_port)
+        for name in UNWATCHED:  # of a Ray that this process, or its parent, had before
+            os.environ.pop(name, None)
     for attempt in range(1, ATTEMPTS + 1):
         try:
             ray.init(
@@ -131,7 +202,9 @@ def _start(num_cpus: int | None, log_to_driver: bool) -> None:
                 include_dashboard=False,
                 log_to_driver=log_to_driver,
                 logging_level=logging.ERROR,  # not its note that the cluster has a token
+                _metrics_export_port=metrics_port,
             )
+            atexit.register(disconnect)
             return
         except OSError as error:
             raise MmrayError(
@@ -144,6 +217,17 @@ def _start(num_cpus: int | None, log_to_driver: bool) -> None:
             if attempt == ATTEMPTS or "timed out" not in str(error):
                 raise MmrayError(f"Ray did not start on this machine: {_line(error)}") from error
             log.warning("Ray took too long to start; trying again")
+
+
+def _check_free(port: int) -> None:
+    """Ray starts without its figures where the port for them is taken, and says so in a log."""
+    try:
+        with socket.create_server(("", port)):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"metrics port {port}: cannot be had: {error.strerror}; give another"
+        ) from error
 
 
 # --- joining -------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from mmray.engine.ingest import ReadOptions, chunks_dataset
 from mmray.engine.pieces import Plan
 from mmray.engine.placement import IN_FLIGHT, Placement, Pool
 from mmray.engine.scorer import Scorer
-from mmray.ledger import Run
+from mmray.scoring_run import Run
 
 THREADS = 1  # of torch, in each actor
 

@@ -13,56 +13,53 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+import ray
 
-from mmray import splits, storage
+from mmray import groups, storage
 from mmray.archive import rows
 from mmray.archive.shards import Shard
 from mmray.bundle import Manifest, read_manifest
+from mmray.counts import AnswerCounts
 from mmray.engine import cluster
-from mmray.engine.choice import AUTO, Chosen, choose_rows, held_out
+from mmray.engine.choice import AUTO, Chosen, choose_rows, held_out, split_data
+from mmray.engine.evaluator import (
+    CHOSEN,
+    OTHER_ROW,
+    OTHER_SHARD,
+    SPLIT,
+    THERE,
+    TRUE,
+    Asked,
+    Evaluator,
+    own_caption,
+    predictions_schema,
+)
 from mmray.engine.ingest import ReadOptions, chunks_dataset
+from mmray.engine.negatives import Other, other_captions
 from mmray.engine.pieces import Piece, Plan
 from mmray.engine.placement import place
 from mmray.engine.scan import (
     archive_shards,
     check_complete,
-    check_label,
-    map_chunks,
-    pack_table,
+    check_field,
     peek,
     records,
+    scan,
     unpack_table,
 )
-from mmray.errors import ConfigError, MmrayError
-from mmray.metrics import Confusion
+from mmray.errors import ConfigError
+from mmray.labels import MATCH, MISMATCH, multi_hot
 from mmray.report.progress import duration
 
 METRICS, PREDICTIONS = "metrics.json", "predictions.parquet"
 SAY_SECONDS = 10.0
-TRUE, SPLIT, CHOSEN = "true_label", "split", "chosen"
 
 Progress = Callable[[str], None]
-
-#: What an actor gives for each chunk; ``payload`` is a packed table of ``predictions_schema``.
-RECEIPT_SCHEMA = pa.schema(
-    [
-        (rows.SHARD, pa.string()),
-        ("total", pa.int64()),
-        ("problem", pa.string()),
-        ("failure", pa.string()),
-        ("payload", pa.large_binary()),
-    ]
-)
-
-
-def predictions_schema(labels: Sequence[str]) -> pa.Schema:
-    """Of predictions.parquet: a score file's columns, then the true label and the split value of
-    each row. Rows that were not asked for have neither scores nor an error."""
-    scores = rows.scores_schema(labels)
-    return scores.append(pa.field(TRUE, pa.string())).append(pa.field(SPLIT, pa.string()))
 
 
 def evaluate(
@@ -86,27 +83,49 @@ def evaluate(
     began = time.monotonic()
     bundle, archive = storage.absolute(bundle), storage.absolute(archive)
     manifest = read_manifest(bundle)
-    data = manifest.training.data
+    data, match = manifest.training.data, manifest.task == "match"
     label = label or data.label
     shards = archive_shards(archive)
     samples = peek(archive, shards, data.columns)
-    check_label(samples, label, "--label")
+    if not match:
+        check_field(samples, label, "--label")
+    if data.negatives_within is not None:
+        check_field(samples, data.negatives_within, "data.negatives_within of the bundle")
     wanted = choose_rows(manifest, archive, shards, samples, split)
 
     resources = cluster.connect()
-    if wanted.side is not None:
-        progress(f"finding the rows of {archive} that were held out by seed")
-        wanted = held_out(wanted, manifest, archive, shards, readers=max(1, resources.cpus))
+    others = None
+    if wanted.side is not None or match:
+        progress(f"reading all rows of {archive}, to tell which are to be counted")
+        rows_there = scan(
+            archive,
+            shards,
+            data=split_data(manifest),
+            task=manifest.task,
+            captions=match,
+            readers=max(1, resources.cpus),
+        ).rows
+        if wanted.side is not None:
+            wanted = held_out(wanted, manifest, rows_there)
+        if match:
+            others = other_captions(
+                rows_there,
+                wanted.mask(rows_there),
+                data=split_data(manifest),
+                seed=manifest.training.seed,
+            )
     progress(f"evaluating {manifest.fingerprint[:12]} on {archive}: {wanted.text}")
+    asked = Asked(manifest.task, label, data, wanted)
     found, problems = _predict(
-        bundle, manifest, archive, shards, label, wanted, resources, progress
+        bundle, manifest, archive, shards, asked, others, resources, progress
     )
     chosen = found.filter(found[CHOSEN]).drop_columns([CHOSEN])
     metrics = _metrics(chosen, manifest, found, data.split, wanted)
+    chosen = chosen.drop_columns([THERE])
     metrics |= {
         "bundle": {"uri": bundle, "fingerprint": manifest.fingerprint},
         "archive": archive,
-        "label": label,
+        "label": None if match else label,
         "problems": problems,
         "seconds": round(time.monotonic() - began, 1),
     }
@@ -121,105 +140,42 @@ def evaluate(
 # --- predictions ---------------------------------------------------------------------------------
 
 
-class _Evaluator:
-    """An actor with one Predictor: a chunk in, its rows with scores and true labels out."""
-
-    def __init__(
-        self, bundle: str, fingerprint: str, label: str, column: str | None, wanted: Chosen
-    ) -> None:
-        import torch
-
-        from mmray.bundle import load
-        from mmray.predict import Predictor
-
-        torch.set_num_threads(1)
-        self._label, self._column, self._wanted = label, column, wanted
-        self._refusal: str | None = None
-        try:
-            loaded = load(bundle)
-            if loaded.fingerprint != fingerprint:
-                raise MmrayError(f"{bundle}: changed since the evaluation began; run it again")
-            self._predictor = Predictor(loaded)
-            self._predictor.check_golden()
-        except MmrayError as error:
-            # Raised here it would reach the driver as a dead actor.
-            self._refusal = str(error)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return map_chunks(batch, self._receipt, RECEIPT_SCHEMA)
-
-    def _receipt(self, _: str, samples: list[rows.Sample]) -> dict[str, Any]:
-        if self._refusal is not None:
-            raise MmrayError(self._refusal)
-        return {"payload": pack_table(self._predict(samples))}
-
-    def _predict(self, samples: Sequence[rows.Sample]) -> pa.Table:
-        """``predictions_schema`` and whether each row was chosen, all samples in order."""
-        labels = self._predictor.labels
-        true = [splits.label_text(sample.fields.get(self._label)) for sample in samples]
-        chosen = [self._wanted.takes(sample) for sample in samples]
-        at = [
-            i
-            for i, sample in enumerate(samples)
-            if chosen[i] and (true[i] in labels or sample.error is not None)
-        ]
-        scored = self._predictor.score_table([samples[i] for i in at])
-        place = dict(zip(at, range(len(at)), strict=True))
-        table = scored.take(pa.array([place.get(i) for i in range(len(samples))], pa.int64()))
-        schema = predictions_schema(labels)
-        own = {
-            rows.SHARD: [sample.shard for sample in samples],
-            rows.ROW: [sample.row for sample in samples],
-            rows.KEY: [sample.key for sample in samples],
-            TRUE: true,
-            SPLIT: [
-                None if self._column is None else splits.label_text(s.fields.get(self._column))
-                for s in samples
-            ],
-        }
-        columns = [
-            pa.array(own[field.name], field.type) if field.name in own else table[field.name]
-            for field in schema
-        ]
-        made = pa.Table.from_arrays(columns, schema=schema)
-        return made.append_column(CHOSEN, pa.array(chosen, pa.bool_()))
-
-
 def _predict(
     bundle: str,
     manifest: Manifest,
     archive: str,
     shards: Sequence[Shard],
-    label: str,
-    wanted: Chosen,
+    asked: Asked,
+    others: Mapping[str, Mapping[int, Other]] | None,
     resources: cluster.Resources,
     progress: Progress,
 ) -> tuple[pa.Table, dict[str, str]]:
-    """Every row of the archive once, in order of (shard, row), and what is wrong with shards."""
-    data = manifest.training.data
-    fields = tuple(name for name in dict.fromkeys((label, data.split)) if name is not None)
+    """Every row of the archive once, its negative after it, in order of (shard, row), and what is
+    wrong with shards."""
+    shared = None if others is None else (ray.put(others),)  # as a bare argument Ray would fetch it
     pool = place(resources, decoders=0).scorers
     dataset = chunks_dataset(
         archive,
         Plan(Piece(shard) for shard in shards),
         ReadOptions(
-            columns=data.columns,
-            fields=fields,
+            columns=asked.data.columns,
+            fields=asked.fields,
             images=manifest.spec["config"]["modalities"] != "text",
         ),
         readers=pool.most,
     ).map_batches(
-        _Evaluator,
+        Evaluator,
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        fn_constructor_args=(bundle, manifest.fingerprint, label, data.split, wanted),
+        fn_constructor_args=(bundle, manifest.fingerprint, asked, shared),
         compute=pool.strategy(pieces=len(shards)),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
     )
-    empty = predictions_schema(manifest.labels).append(pa.field(CHOSEN, pa.bool_())).empty_table()
-    tables, totals, problems = [empty], {}, {}
+    schema = predictions_schema(manifest.labels, manifest.task).append(pa.field(CHOSEN, pa.bool_()))
+    tables = [schema.append(pa.field(THERE, pa.string())).empty_table()]
+    totals, problems = {}, {}
     began = said = time.monotonic()
     for record in records(dataset):
         if record["total"] is not None:
@@ -238,8 +194,8 @@ def _predict(
                 f"{done / (said - began):,.0f} rows/s  ETA {eta}"
             )
     together = pa.concat_tables(tables)
-    check_complete(together, totals, shards)
-    order = [(rows.SHARD, "ascending"), (rows.ROW, "ascending")]
+    check_complete(together.filter(own_caption(together)), totals, shards)
+    order = [(rows.SHARD, "ascending"), (rows.ROW, "ascending"), (TRUE, "ascending")]
     return together.sort_by(order), problems
 
 
@@ -249,20 +205,18 @@ def _predict(
 def _metrics(
     chosen: pa.Table, manifest: Manifest, found: pa.Table, column: str | None, wanted: Chosen
 ) -> dict[str, Any]:
-    """Counts over the chosen rows. Raises ConfigError when none of them can be counted."""
-    labels = pa.array(manifest.labels, pa.string())
-    true, predicted = (
-        pc.fill_null(pc.index_in(chosen[name], labels), -1).to_numpy()
-        for name in (TRUE, rows.LABEL)
-    )
-    counted = (true >= 0) & (predicted >= 0)
-    confusion = Confusion(manifest.labels)
-    confusion.add(true[counted], predicted[counted])
+    """Counts over the chosen rows, and over those with both picture and caption, or one of them, by
+    themselves (``availability``) where there is more than one kind. Raises ConfigError when no row
+    can be counted."""
+    counts = _count(chosen, manifest)
+    kinds = sorted(chosen[THERE].drop_null().unique().to_pylist())
+    parts = {kind: _count(chosen.filter(pc.equal(chosen[THERE], kind)), manifest) for kind in kinds}
+    parts = {kind: part for kind, part in parts.items() if part.rows}
+    chosen, found = (table.filter(own_caption(table)) for table in (chosen, found))
     errors = Counter(rows.reason(error) for error in chosen[rows.ERROR].drop_null().to_pylist())
-    there = Counter(chosen[TRUE].to_pylist())
-    unknown = {n: there[n] for n in sorted(n for n in there if n and n not in manifest.labels)}
+    unknown = _unknown_labels(chosen[TRUE], manifest)
     no_label = pc.and_(pc.is_null(chosen[TRUE]), pc.is_null(chosen[rows.ERROR]))
-    if not counted.any():
+    if not counts.rows:
         values = Counter(found[SPLIT].drop_null().to_pylist()).most_common(8)
         listed = ", ".join(f"{value} ({n:,})" for value, n in values) or "none"
         seen = ", ".join(f"{label} ({n:,})" for label, n in unknown.items()) or "none"
@@ -271,8 +225,9 @@ def _metrics(
             f"{sum(errors.values()):,} of them set aside, labels that the bundle does not know: "
             f"{seen}; values of {column}: {listed}"
         )
-    return {
-        **confusion.report(),
+    metrics = {
+        **counts.report(),
+        **({"availability": {n: c.report() for n, c in parts.items()}} if len(parts) > 1 else {}),
         "split": wanted.text,
         "rows_read": found.num_rows,
         "rows_chosen": chosen.num_rows,
@@ -280,31 +235,40 @@ def _metrics(
         "unlabelled": int(pc.sum(no_label).as_py() or 0),
         "unknown_labels": unknown,
     }
+    if manifest.task == "match":
+        support = {name: of["support"] for name, of in metrics["per_class"].items()}
+        metrics["without_negative"] = support[MATCH] - support[MISMATCH]
+    return metrics
 
 
-def table(metrics: Mapping[str, Any]) -> str:
-    """A report, of an evaluation or of a bundle's dev rows, as text for a person."""
-    low, high = metrics["accuracy_interval"]
-    lines = [
-        f"{metrics['rows']:,} rows  accuracy {metrics['accuracy']:.4f} (95 % {low:.3f} to "
-        f"{high:.3f})  macro-F1 {metrics['macro_f1']:.4f}  weighted-F1 {metrics['weighted_f1']:.4f}"
-    ]
-    labels = metrics["labels"]
-    width = max(len("label"), *map(len, labels))
-    cell = max(9, *map(len, labels))
-    head = ("precision", "recall", "F1", "rows")
-    lines.append(f"{'label':<{width}}" + "".join(f"  {name:>9}" for name in head) + "  predicted:")
-    lines[-1] += "".join(f"  {label:>{cell}}" for label in labels)
-    for label, counts in zip(labels, metrics["confusion"], strict=True):
-        of = metrics["per_class"][label]
-        numbers = "".join(f"  {of[name]:>9.4f}" for name in ("precision", "recall", "f1"))
-        predicted = "".join(f"  {n:>{cell},}" for n in counts)
-        lines.append(f"{label:<{width}}{numbers}  {of['support']:>9,}            {predicted}")
-    notes = [f"set aside, {reason}: {n:,}" for reason, n in metrics.get("set_aside", {}).items()]
-    notes += [
-        f"label unknown to the bundle, {name}: {n:,}"
-        for name, n in metrics.get("unknown_labels", {}).items()
-    ]
-    if metrics.get("unlabelled"):
-        notes.append(f"unlabelled: {metrics['unlabelled']:,}")
-    return "\n".join(lines + notes)
+def _count(chosen: pa.Table, manifest: Manifest) -> AnswerCounts:
+    """The rows that have scores and a label that is known; a negative whose caption is of a row
+    that was set aside is left out, as it is in training."""
+    scored = groups.to_numpy(pc.and_(pc.is_valid(chosen[rows.LABEL]), pc.is_valid(chosen[TRUE])))
+    if manifest.task == "match":
+        broken = chosen.filter(pc.is_valid(chosen[rows.ERROR])).select([rows.SHARD, rows.ROW])
+        aside = set(zip(*(column.to_pylist() for column in broken.columns), strict=True))
+        shown = zip(chosen[OTHER_SHARD].to_pylist(), chosen[OTHER_ROW].to_pylist(), strict=True)
+        scored = scored & np.array([name not in aside for name in shown], dtype=bool)
+    counted = chosen.filter(pa.array(scored))
+    true: npt.NDArray[Any]
+    if manifest.task == "multilabel":
+        separator = manifest.training.data.label_separator
+        true = multi_hot(counted[TRUE].to_pylist(), manifest.labels, separator)
+    else:
+        labels = pa.array(manifest.labels, pa.string())
+        true = groups.to_numpy(pc.index_in(counted[TRUE], labels))
+    names = rows.probability_columns(manifest.labels)
+    counts = AnswerCounts(manifest.labels, manifest.task)
+    counts.add(true, np.stack([groups.to_numpy(counted[name]) for name in names], axis=1))
+    return counts
+
+
+def _unknown_labels(true: pa.ChunkedArray, manifest: Manifest) -> dict[str, int]:
+    """True labels that the bundle does not have, and how many rows have each."""
+    there: Counter[str] = Counter()
+    for text, n in Counter(true.drop_null().to_pylist()).items():
+        several = manifest.task == "multilabel"
+        names = text.split(manifest.training.data.label_separator) if several else [text]
+        there.update(dict.fromkeys(names, n))
+    return {name: there[name] for name in sorted(there) if name and name not in manifest.labels}

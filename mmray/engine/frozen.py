@@ -5,16 +5,18 @@ Shapes: N rows, B rows of a batch, D width of the encoder.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mmray.config import Precision
-from mmray.engine.prepared import Ints, PreparedRows
+from mmray.engine.feed import Feed
+from mmray.engine.feeder import FEATURES
+from mmray.engine.prepared import PreparedRows
+from mmray.engine.windows import Ints
 from mmray.learn import Batch, autocast
 from mmray.model import Encoder, Features, FusionModel
 
@@ -36,8 +38,8 @@ class Precomputed(Encoder):
 class FeatureRows:
     """Rows for a model some of whose encoders are ``Precomputed``.
 
-    ``image``, ``text``: float32 [N, D] on the CPU, in place of pixels or tokens; None where the
-    encoder is itself.
+    ``image``, ``text``: float32 [N, D] on the CPU, in place of pixels or tokens, zeros for a row
+    that has none; None where the encoder is itself.
     """
 
     def __init__(
@@ -49,31 +51,36 @@ class FeatureRows:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def batch(self, at: Ints) -> Batch:
-        """The rows ``at`` (one or more) as a batch on the CPU, with their labels."""
-        batch = self._rows.batch(at, pixels=self._image is None, tokens=self._text is None)
+    def batch(self, at: Ints, captions: Ints | None = None) -> Batch:
+        """The rows ``at`` (one or more) as a batch on the CPU, with their labels; ``captions`` as
+        of ``PreparedRows.batch``."""
+        batch = self._rows.batch(
+            at, captions=captions, pixels=self._image is None, tokens=self._text is None
+        )
         if self._image is not None:
-            batch = replace(batch, pixels=self._image[at])
+            pictured = self._rows.pictured[at]
+            pictured_B = None if pictured.all() else torch.from_numpy(pictured)
+            batch = replace(batch, pixels=self._image[at], pictured=pictured_B)
         if self._text is not None:
-            real_B1 = torch.ones(len(at), 1, dtype=torch.bool)
-            batch = replace(batch, tokens=self._text[at], mask=real_B1)
+            shown = at if captions is None else captions
+            real_B1 = torch.from_numpy(self._rows.captioned[shown]).unsqueeze(1)
+            batch = replace(batch, tokens=self._text[shown], mask=real_B1)
         return batch
 
 
 def precompute(
     model: FusionModel,
-    sides: list[PreparedRows],
+    sides: Sequence[PreparedRows],
+    feed: Feed,
     *,
     precision: Precision,
-    rank: int,
-    world: int,
     say: Callable[[int, int], None],
 ) -> list[FeatureRows]:
     """The rows of every side, with features where an encoder of ``model`` is frozen; that encoder
     is replaced in place.
 
-    Each of ``world`` ranks computes its share and all get all. ``say(done, total)`` is told how
-    far this rank is.
+    Each rank computes its share, which ``feed`` gives it, and all get all. ``say(done, total)`` is
+    told how far all of them are, by this rank.
     """
     frozen: dict[str, Encoder] = {
         name: encoder
@@ -83,41 +90,39 @@ def precompute(
     if not frozen:
         return [FeatureRows(rows) for rows in sides]
     model.eval()
-    shares = [np.array_split(np.arange(len(rows)), world)[rank] for rows in sides]
-    total, done = sum(map(len, shares)), 0
+    total, done = sum(map(len, sides)), 0
     made = []
-    for rows, share in zip(sides, shares, strict=True):
+    for rows, number in zip(sides, FEATURES, strict=False):
         features = {name: torch.zeros(len(rows), e.dim) for name, e in frozen.items()}
-        for start in range(0, len(share), BATCH):
-            at = share[start : start + BATCH]
-            for name, pooled_BD in _encode(model, rows, at, frozen, precision).items():
-                features[name][at] = pooled_BD
-            done += len(at)
-            say(done, total)
+        for at in feed.shares(number, BATCH, pixels="image" in frozen):
+            for name, encoder in frozen.items():
+                there = at[(rows.pictured if name == "image" else rows.captioned)[at]]
+                if len(there):
+                    batch = rows.batch(there, pixels=name == "image", tokens=name == "text")
+                    features[name][there] = _pooled(model, encoder, batch, precision)
+            done += len(at) * feed.world
+            say(min(done, total), total)
         made.append(FeatureRows(rows, **{n: _summed(f, model) for n, f in features.items()}))
+    if "image" in frozen:
+        feed.drop_pixels()
     for name, encoder in frozen.items():
         setattr(model, name, Precomputed(encoder.dim))
     return made
 
 
-def _encode(
-    model: FusionModel,
-    rows: PreparedRows,
-    at: Ints,
-    frozen: dict[str, Encoder],
-    precision: Precision,
-) -> dict[str, Tensor]:
+def _pooled(model: FusionModel, encoder: Encoder, batch: Batch, precision: Precision) -> Tensor:
+    """What a frozen encoder of ``model`` makes of a batch, float32 [B, D] on the CPU."""
     device = next(model.parameters()).device
-    batch = rows.batch(at, pixels="image" in frozen, tokens="text" in frozen).to(device)
-    found = {}
+    batch = batch.to(device)
     with torch.no_grad(), autocast(precision, device):
-        if "image" in frozen:
-            found["image"] = frozen["image"](batch.pixels).pooled
-        if "text" in frozen:
+        if batch.pixels is not None:
+            features = encoder(batch.pixels)
+        else:
             assert batch.tokens is not None and batch.mask is not None
             ids_BL = batch.tokens.masked_fill(~batch.mask, model.spec.pad_id)
-            found["text"] = frozen["text"](ids_BL, batch.mask).pooled
-    return {name: pooled_BD.float().cpu() for name, pooled_BD in found.items()}
+            features = encoder(ids_BL, batch.mask)
+    pooled_BD: Tensor = features.pooled.float().cpu()
+    return pooled_BD
 
 
 def _summed(part_ND: Tensor, model: FusionModel) -> Tensor:

@@ -20,7 +20,7 @@ from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 
 from mmray.archive.rows import Sample
-from mmray.errors import BadRow
+from mmray.errors import BadRow, RunError
 from mmray.preprocess import Prepared, Preprocessor
 
 ROW_SECONDS = 60.0
@@ -70,6 +70,11 @@ class Guard:
         self._child: Any = None
         self._pipe: Connection | None = None
 
+    @property
+    def running(self) -> bool:
+        """Whether there is a child: not before the first row, and not after one that ended it."""
+        return self._child is not None
+
     def prepare_all(self, samples: Iterable[Sample]) -> Ready:
         left: list[Sample] = []
         prepared: list[Prepared | None] = []
@@ -88,7 +93,7 @@ class Guard:
         try:
             pipe.send(sample)
             if not pipe.poll(self._seconds):
-                self._end()
+                self._end(0)
                 return BadRow("image", "decode took too long", f"more than {self._seconds:g} s")
             outcome = pipe.recv()
         except (EOFError, OSError):
@@ -102,20 +107,26 @@ class Guard:
         return outcome
 
     def _start(self) -> Connection:
+        """A child that has said that it is there. Raises RunError where none comes to that."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         asked = theirs, cloudpickle.dumps(self._preprocessor), self._memory  # type: ignore[no-untyped-call]
         self._child = context.Process(target=_serve, args=asked, daemon=True)
         self._child.start()
         theirs.close()
-        if not self._pipe.poll(START_SECONDS):
-            raise TimeoutError(f"a process to decode in did not start in {START_SECONDS:.0f} s")
-        self._pipe.recv()
-        return self._pipe
+        try:
+            if self._pipe.poll(START_SECONDS):
+                self._pipe.recv()
+                return self._pipe
+            why = f"nothing heard of it in {START_SECONDS:.0f} s"
+            self._end(0)
+        except (EOFError, OSError):
+            why = f"it ended with {self._end()}"
+        raise RunError(f"a process to decode in did not start: {why}")
 
-    def _end(self) -> str:
-        """End the child; what it ended with by itself, if it did."""
-        self._child.join(1)
+    def _end(self, wait_s: float = 1.0) -> str:
+        """End the child; what it ended with by itself in ``wait_s``, if it did."""
+        self._child.join(wait_s)
         code = self._child.exitcode
         self._child.kill()
         self._child.join()

@@ -39,14 +39,15 @@ READ_CPUS = 0.1  # reading waits for bytes; ten readers share a core
 
 RETRIES = pa.map_(pa.string(), pa.int64())  # cause -> S3 requests asked again, see ``counted``
 
-#: One chunk (``samples`` set, of ``bytes`` in memory), the end of a shard (``total`` set) or a
-#: failed read (``failure``).
+#: One chunk (``samples`` set, of ``bytes`` in memory; it begins at ``byte`` of its tar, 0 where it
+#: cannot be entered there), the end of a shard (``total`` set) or a failed read (``failure``).
 CHUNKS_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
         ("index", pa.int64()),
         ("start", pa.int64()),
         ("stop", pa.int64()),
+        ("byte", pa.int64()),
         ("samples", pa.large_list(pa.struct(list(rows.CHUNK_SCHEMA)))),
         ("total", pa.int64()),
         ("problem", pa.string()),
@@ -212,7 +213,7 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
         table = rows.to_table(chunk)
         seconds = time.perf_counter() - began
         first, last = chunk[0].row, chunk[-1].row
-        yield _row(piece, first, last + 1, samples=table, read_s=seconds)
+        yield _row(piece, first, last + 1, chunk[0].byte, samples=table, read_s=seconds)
         began = time.perf_counter()
 
 
@@ -220,6 +221,7 @@ def _row(
     piece: Piece,
     start: int = 0,
     stop: int | None = None,
+    byte: int = 0,
     *,
     samples: pa.Table | None = None,
     total: int | None = None,
@@ -229,7 +231,7 @@ def _row(
 ) -> pa.Table:
     begins, ends = start, start if stop is None else stop
     size = 0 if samples is None else samples.nbytes
-    where = [piece.shard.path, piece.index, begins, ends]
+    where = [piece.shard.path, piece.index, begins, ends, byte]
     values = [*where, None, total, problem, failure, size, read_s, counted()]
     arrays = [pa.array([v], type=f.type) for v, f in zip(values, CHUNKS_SCHEMA, strict=True)]
     if samples is not None:

@@ -32,11 +32,13 @@ from mmray.errors import MmrayError, RunError
 from mmray.lease import Lease
 from mmray.report.progress import Console, Meter
 from mmray.report.summary import Totals
+from mmray.scoring_run import Run
 from mmray.targets import Target
 
 COMMITS_IN_FLIGHT = 64
 CPUS_A_COMMITTER = 64
 STALLED_PASSES = 3
+LAST_COMMITS_S = 30.0
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ class Job(ABC):
     def __init__(
         self,
         out: str,
-        run: ledger.Run,
+        run: Run,
         todo: npt.NDArray[np.bool_],
         options: ScoreOptions,
         console: Console,
@@ -112,6 +114,15 @@ class Job(ABC):
         # Before the first shard ends, or commits would queue up behind their start.
         count = 1 + resources.cpus // CPUS_A_COMMITTER
         self._committers = [self._start_committer() for _ in range(count)]
+        try:
+            self._run_passes(resources)
+        finally:
+            self._end_commits()
+        self.meter.retries.update(COUNTS.take())
+        self._console.show(self.meter.line, force=True)
+        self._console.end()
+
+    def _run_passes(self, resources: cluster.Resources) -> None:
         stalled, lost = 0, None
         for plan, witness in self._passes():
             if witness is not None and lost is None:
@@ -129,9 +140,6 @@ class Job(ABC):
                 )
         if lost is not None:
             self.meter.recovery_s = self.meter.seconds - lost
-        self.meter.retries.update(COUNTS.take())
-        self._console.show(self.meter.line, force=True)
-        self._console.end()
 
     def _passes(self) -> Iterator[tuple[Plan, Any]]:
         """What to run; all but the first before a witness."""
@@ -287,3 +295,14 @@ class Job(ABC):
             self._console.show(self.meter.line)
             if not wait:
                 return
+
+    def _end_commits(self) -> None:
+        """Let go of the committers; none is at work on a shard when the next command takes it up.
+
+        After an error what they are at is waited for; one that takes longer is ended on the way,
+        as a node that fails would end it.
+        """
+        if self._commits:
+            ray.wait(self._commits, num_returns=len(self._commits), timeout=LAST_COMMITS_S)
+        for committer in self._committers:
+            ray.kill(committer)

@@ -14,9 +14,10 @@ from mmray import storage
 from mmray.archive.shards import Shard, check_columns
 from mmray.config import TrainConfig
 from mmray.engine import rundir
-from mmray.engine.scan import check_label, field_names, peek
+from mmray.engine.scan import check_field, field_names, peek
 from mmray.errors import ConfigError, NotFound
 from mmray.preprocess import TextTokenizer, load_tokenizer
+from mmray.report.journal import check_mlflow
 
 if TYPE_CHECKING:
     from mmray.model import ModelSpec
@@ -57,6 +58,8 @@ def make_plan(cfg: TrainConfig, shards: Sequence[Shard]) -> Plan:
 
     place = rundir.place_of(cfg)
     resumed = rundir.open_run(place, cfg, shards)
+    _check_augment(cfg)
+    check_mlflow(cfg)
     check(cfg.model, image_size=cfg.preprocess.image.size)
     check_columns(
         cfg.data.archive,
@@ -66,13 +69,31 @@ def make_plan(cfg: TrainConfig, shards: Sequence[Shard]) -> Plan:
         caption=cfg.model.uses_text,
     )
     samples = peek(cfg.data.archive, shards, cfg.data.columns)
-    check_label(samples, cfg.data.label, "data.label")
+    if cfg.task != "match":
+        check_field(samples, cfg.data.label, "data.label")
+    if cfg.data.negatives_within is not None:
+        check_field(samples, cfg.data.negatives_within, "data.negatives_within")
+    if cfg.data.group is not None:
+        check_field(samples, cfg.data.group, "data.group")
     tokenizer = _given_tokenizer(cfg) if cfg.model.uses_text else None
     initial_weights(cfg, spec_of(cfg, 2, tokenizer))
     if tokenizer is None and cfg.model.uses_text and resumed:
         tokenizer = _kept_tokenizer(cfg, place)
     names = tuple(field_names(samples))
     return Plan(cfg, tuple(shards), place, resumed, names, tokenizer)
+
+
+def _check_augment(cfg: TrainConfig) -> None:
+    """Raise ConfigError when pictures would change whose features are computed once."""
+    from mmray.model import FUSIONS
+
+    pooled = cfg.model.modalities == "image" or FUSIONS[cfg.model.fusion].pooled_only
+    if cfg.train.augment.changes and cfg.model.image.frozen and pooled:
+        raise ConfigError(
+            "train.augment: changes pictures at every step, but features of a frozen image encoder "
+            "are computed once, from the pictures as they are; set model.image.freeze to false, or "
+            "leave train.augment out"
+        )
 
 
 def _given_tokenizer(cfg: TrainConfig) -> TextTokenizer | None:

@@ -1,7 +1,8 @@
 """The rows a training run uses, prepared once, and how every worker sees all of them.
 
 Prepared chunks lie in Ray's object store, one copy a node; workers map them into memory instead of
-copying. All rows must therefore fit into it at once: a row costs its pixels.
+copying. A row costs its pixels: where those of all rows do not fit, only the rest is kept, and
+``feed`` prepares the chunks again as they are needed.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,23 +34,27 @@ from mmray.engine.scan import (
     records,
     unpack_table,
 )
+from mmray.engine.units import together
+from mmray.engine.windows import Ints
 from mmray.errors import BadRow
 from mmray.preprocess import Prepared, Preprocessor, TextTokenizer
 
 if TYPE_CHECKING:
     from mmray.learn import Batch
 
-Ints = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+PIXELS = "pixels"
 
-#: One chunk, prepared. ``aside`` is JSON: [row, stage, error] of the rows that cannot be used.
+#: One chunk, prepared; it begins at ``byte`` of its tar, 0 where it cannot be entered there.
+#: ``aside`` is JSON: [row, stage, error] of the rows that cannot be used; ``no_image`` and
+#: ``no_text`` count training rows that lack it.
 BLOCK_SCHEMA = pa.schema(
     [
         (rows.SHARD, pa.string()),
-        ("total", pa.int64()),
+        *((name, pa.int64()) for name in ("start", "stop", "byte", "total")),
         ("problem", pa.string()),
         ("failure", pa.string()),
-        ("train", pa.int64()),
-        ("dev", pa.int64()),
+        *((name, pa.int64()) for name in ("train", "dev", "no_image", "no_text")),
         ("aside", pa.string()),
         ("payload", pa.large_binary()),
     ]
@@ -63,24 +68,27 @@ class Recipe:
     preprocess: Preprocess
     tokenizer: str | None  # tokenizer.json
     modalities: Modalities
+    missing: bool = False  # as a Preprocessor's
 
     def build(self) -> Preprocessor:
         return _preprocessor(
-            self.preprocess.model_dump_json(), self.tokenizer or "", self.modalities
+            self.preprocess.model_dump_json(), self.tokenizer or "", self.modalities, self.missing
         )
 
 
 @functools.lru_cache(maxsize=2)  # a worker process prepares many chunks
-def _preprocessor(preprocess: str, tokenizer: str, modalities: Modalities) -> Preprocessor:
+def _preprocessor(
+    preprocess: str, tokenizer: str, modalities: Modalities, missing: bool
+) -> Preprocessor:
     cfg = Preprocess.model_validate_json(preprocess)
     made = TextTokenizer.from_json(tokenizer, cfg.text) if tokenizer else None
-    return Preprocessor(cfg, made, modalities)
+    return Preprocessor(cfg, made, modalities, missing)
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """Which rows of a shard to prepare: ``classes`` int32 [rows], the class index or -1 for a row
-    that is not used; ``dev`` bool [rows]."""
+    """Which rows of a shard to prepare: ``classes`` int32 [rows], the index of the class or set of
+    labels, or -1 for a row that is not used; ``dev`` bool [rows]."""
 
     classes: npt.NDArray[np.int32]
     dev: npt.NDArray[np.bool_]
@@ -105,13 +113,15 @@ def wanted_rows(data: LabelledRows) -> dict[str, Wanted]:
 
 @dataclass(frozen=True, slots=True)
 class PreparedSet:
-    """All prepared chunks. ``dataset`` keeps the objects behind ``refs`` alive."""
+    """All prepared chunks. ``dataset`` keeps the objects behind ``refs`` alive; ``chunks`` are
+    their records, without the rows."""
 
     dataset: Any
     refs: list[Any]
     train: int  # rows
     dev: int
     aside: list[tuple[str, int, str, str]]  # shard, row, stage, error
+    chunks: list[dict[str, Any]]
 
     def reasons(self) -> dict[str, int]:
         """Rows that cannot be used, by reason."""
@@ -126,9 +136,11 @@ def prepare(
     *,
     columns: Columns,
     readers: int,
+    keep_pixels: bool,
     board: Any = None,
 ) -> PreparedSet:
-    """Prepare the wanted rows of an archive into the object store.
+    """Prepare the wanted rows of an archive into the object store; without ``keep_pixels`` their
+    pixels are made, to know that they can be, and dropped.
 
     Raises MmrayError when storage refuses.
     """
@@ -139,34 +151,49 @@ def prepare(
         readers=readers,
         cpus=1,
     ).map_batches(
-        functools.partial(_prepare, wanted=ray.put(dict(wanted)), recipe=recipe, board=board),
+        functools.partial(
+            _prepare,
+            wanted=ray.put(dict(wanted)),
+            recipe=recipe,
+            keep_pixels=keep_pixels,
+            board=board,
+        ),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
     )
     made = dataset.materialize()
     train = dev = 0
-    aside = []
+    aside, chunks = [], []
     for record in records(made.drop_columns(["payload"])):
         if record["aside"] is not None:
             train, dev = train + record["train"], dev + record["dev"]
             aside += [(record[rows.SHARD], *entry) for entry in json.loads(record["aside"])]
-    return PreparedSet(made, made.to_arrow_refs(), train, dev, sorted(aside))
+            chunks.append(record)
+    return PreparedSet(made, made.to_arrow_refs(), train, dev, sorted(aside), chunks)
 
 
-def _prepare(batch: pa.Table, *, wanted: Any, recipe: Recipe, board: Any) -> pa.Table:
+def _prepare(
+    batch: pa.Table, *, wanted: Any, recipe: Recipe, keep_pixels: bool, board: Any
+) -> pa.Table:
     """Chunks -> ``BLOCK_SCHEMA``, a row a row."""
 
     def prepared(shard: str, samples: list[rows.Sample]) -> dict[str, Any]:
         if board is not None:
             board.add.remote(len(samples))
-        return _prepare_chunk(shard, samples, _wanted(wanted)[shard], recipe.build())
+        ours = wanted_in(wanted)[shard]
+        return prepare_chunk(shard, samples, ours, recipe.build(), keep_pixels=keep_pixels)
 
     return map_chunks(batch, prepared, BLOCK_SCHEMA)
 
 
-def _prepare_chunk(
-    shard: str, samples: Sequence[rows.Sample], wanted: Wanted, preprocessor: Preprocessor
+def prepare_chunk(
+    shard: str,
+    samples: Sequence[rows.Sample],
+    wanted: Wanted,
+    preprocessor: Preprocessor,
+    *,
+    keep_pixels: bool = True,
 ) -> dict[str, Any]:
     """The wanted samples of a chunk: a packed table, their number a side, those set aside."""
     ready: list[Prepared] = []
@@ -181,16 +208,26 @@ def _prepare_chunk(
         except BadRow as error:
             aside.append((sample.row, error.stage, str(error)))
     dev = wanted.dev[kept]
-    counts = {"train": int((~dev).sum()), "dev": int(dev.sum()), "aside": json.dumps(aside)}
+    train = [row for row, held_out in zip(ready, dev, strict=True) if not held_out]
+    counts = {
+        "train": len(train),
+        "dev": len(ready) - len(train),
+        "no_image": sum(row.pixels is None for row in train),
+        "no_text": sum(row.tokens is None for row in train),
+        "aside": json.dumps(aside),
+    }
     if not kept:
         return counts
-    return {**counts, "payload": pack_table(_table(shard, kept, wanted.classes[kept], dev, ready))}
+    table = _table(shard, kept, wanted.classes[kept], dev, ready)
+    if not keep_pixels and PIXELS in table.column_names:
+        table = table.drop_columns([PIXELS])
+    return {**counts, "payload": pack_table(table)}
 
 
 _cached: tuple[Any, dict[str, Wanted]] | None = None
 
 
-def _wanted(ref: Any) -> dict[str, Wanted]:
+def wanted_in(ref: Any) -> dict[str, Wanted]:
     """What ``ref`` holds, fetched once a process."""
     global _cached
     if _cached is None or _cached[0] != ref:
@@ -205,22 +242,27 @@ def _table(
     dev: npt.NDArray[np.bool_],
     ready: Sequence[Prepared],
 ) -> pa.Table:
-    """Rows of one shard; ``pixels`` fixed-size binary, ``tokens`` list<int32>, where there are."""
+    """Rows of one shard; ``pixels`` fixed-size binary, ``tokens`` list<int32>, where there are.
+    Those of a row that is not ``pictured`` are zeros; one without a caption has no token."""
+    pictured = np.array([row.pixels is not None for row in ready])
     columns: dict[str, Any] = {
         rows.SHARD: pa.array([shard] * len(kept), pa.string()),
         rows.ROW: pa.array(kept, pa.int64()),
         "class": pa.array(classes, pa.int32()),
         "dev": pa.array(dev, pa.bool_()),
+        "pictured": pa.array(pictured),
     }
     pixels = [row.pixels for row in ready if row.pixels is not None]
-    tokens = [row.tokens for row in ready if row.tokens is not None]
+    none = np.zeros(0, np.int32)
+    tokens = [none if row.tokens is None else row.tokens for row in ready]
     if pixels:
-        packed = np.stack(pixels)
+        packed = np.zeros((len(ready), *pixels[0].shape), np.uint8)
+        packed[pictured] = pixels
         kind = pa.binary(packed[0].nbytes)
-        columns["pixels"] = pa.FixedSizeBinaryArray.from_buffers(
+        columns[PIXELS] = pa.FixedSizeBinaryArray.from_buffers(
             kind, len(packed), [None, pa.py_buffer(packed)]
         )
-    if tokens:
+    if any(map(len, tokens)):
         ends = np.cumsum([0, *map(len, tokens)], dtype=np.int32)
         columns["tokens"] = pa.ListArray.from_arrays(ends, np.concatenate(tokens))
     return pa.table(columns)
@@ -232,24 +274,58 @@ def _table(
 class PreparedRows:
     """Train or dev rows in order of (shard, row), whatever chunks they came in.
 
-    ``classes``: int64 [N], the class index of each row.
+    ``classes``: int64 [N], the index of each row's class, or of its set of labels; ``pictured``,
+    ``captioned``: bool [N], what it has; ``unit_of``: int64 [N], the unit of reading it is in;
+    ``sizes``: int64 [U], the rows of each unit. When ``streamed``, the pixels of a unit are there
+    between ``hold`` and ``release`` only.
     """
 
-    def __init__(self, blocks: Sequence[pa.Table], *, dev: bool, image_size: int) -> None:
-        self._chunks: list[_Chunk] = []
-        index: list[pa.Table] = []
+    def __init__(
+        self, blocks: Sequence[pa.Table], *, dev: bool, image_size: int, streamed: bool = False
+    ) -> None:
+        self._size, self._streamed = image_size, streamed
+        places: list[tuple[str, int, int]] = []
+        tables: list[pa.Table] = []
         for block in blocks:
-            for payload in block["payload"].drop_null():
+            where = block.select([rows.SHARD, "start", "byte"]).to_pylist()
+            for place, payload in zip(where, block["payload"], strict=True):
+                if not payload.is_valid:
+                    continue
                 table = unpack_table(payload.as_buffer())
-                at = np.flatnonzero(table["dev"].to_numpy() == dev)
-                own = table.select([rows.SHARD, rows.ROW, "class"]).take(at)
-                own = own.append_column("chunk", pa.array(np.full(len(at), len(self._chunks))))
-                index.append(own.append_column("at", pa.array(at)))
-                self._chunks.append(_Chunk(table, image_size))
-        order = [(rows.SHARD, "ascending"), (rows.ROW, "ascending")]
-        found = pa.concat_tables(index).sort_by(order)
+                if (table["dev"].to_numpy() == dev).any():
+                    places.append(tuple(place.values()))
+                    tables.append(table)
+        self._chunks = [_Chunk(table, image_size) for table in tables]
+        self._held: dict[int, _Chunk] = {}
+        index: list[pa.Table] = []
+        for number, group in enumerate(together(places)):
+            first = 0
+            for i in group:
+                at = np.flatnonzero(tables[i]["dev"].to_numpy() == dev)
+                own = _described(tables[i]).take(at)
+                own = own.append_column("chunk", pa.array(np.full(len(at), i)))
+                own = own.append_column("at", pa.array(at))
+                own = own.append_column("unit", pa.array(np.full(len(at), number)))
+                index.append(own.append_column("inside", pa.array(first + np.arange(len(at)))))
+                first += len(at)
+        found = pa.concat_tables(index)
         self.classes: Ints = found["class"].to_numpy().astype(np.int64)
+        self.pictured: Mask = found["pictured"].to_numpy()
+        self.captioned: Mask = found["captioned"].to_numpy()
         self._chunk, self._at = found["chunk"].to_numpy(), found["at"].to_numpy()
+        self.unit_of: Ints = found["unit"].to_numpy()
+        self._inside = found["inside"].to_numpy()
+        self.sizes: Ints = np.bincount(self.unit_of)
+
+    def hold(self, unit: int, block: pa.Table) -> None:
+        """Have the pixels of a unit, from its block of one row."""
+        payload = block["payload"][0].as_buffer()
+        self._held[unit] = _Chunk(unpack_table(payload), self._size)
+
+    def release(self, units: Iterable[int]) -> None:
+        """Let go of the pixels of these units."""
+        for unit in units:
+            self._held.pop(unit, None)
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -257,15 +333,44 @@ class PreparedRows:
     def prepared(self, i: int, *, pixels: bool = True, tokens: bool = True) -> Prepared:
         """Row ``i``, or what is asked for of it; its arrays are views of the object store and must
         not be written to."""
-        row = self._chunks[self._chunk[i]].prepared(int(self._at[i]))
+        held = self._held.get(int(self.unit_of[i]))
+        if held is not None:
+            row = held.prepared(int(self._inside[i]))
+        else:
+            row = self._chunks[self._chunk[i]].prepared(int(self._at[i]))
+            assert not (self._streamed and pixels), f"row {i} is used outside its window"
         return Prepared(row.pixels if pixels else None, row.tokens if tokens else None)
 
-    def batch(self, at: Ints, *, pixels: bool = True, tokens: bool = True) -> Batch:
-        """The rows ``at`` (one or more) as a batch on the CPU, with their labels."""
+    def batch(
+        self,
+        at: Ints,
+        *,
+        captions: Ints | None = None,
+        pixels: bool = True,
+        tokens: bool = True,
+    ) -> Batch:
+        """The rows ``at`` (one or more) as a batch on the CPU, with their labels.
+
+        With ``captions``, each is shown with the caption of that row, and its label is whether that
+        is its own.
+        """
         from mmray.learn import collate
 
         ready = [self.prepared(i, pixels=pixels, tokens=tokens) for i in at]
-        return collate(ready, self.classes[at].tolist())
+        if captions is None:
+            return collate(ready, self.classes[at].tolist())
+        texts = [self.prepared(i, pixels=False, tokens=tokens) for i in captions]
+        pairs = [replace(row, tokens=text.tokens) for row, text in zip(ready, texts, strict=True)]
+        return collate(pairs, (captions == at).astype(np.int64).tolist())
+
+
+def _described(table: pa.Table) -> pa.Table:
+    """What is to be known of each row of a ``_table`` before it is taken."""
+    known = table.select([rows.SHARD, rows.ROW, "class", "pictured"])
+    captioned = pa.array(np.zeros(len(table), bool))
+    if "tokens" in table.column_names:
+        captioned = pc.greater(pc.list_value_length(table["tokens"]), 0)
+    return known.append_column("captioned", captioned)
 
 
 class _Chunk:
@@ -273,8 +378,9 @@ class _Chunk:
 
     def __init__(self, table: pa.Table, image_size: int) -> None:
         self._pixels = self._tokens = None
-        if "pixels" in table.column_names:
-            column = table["pixels"].chunk(0)
+        self._pictured = table["pictured"].to_numpy()
+        if PIXELS in table.column_names:
+            column = table[PIXELS].chunk(0)
             flat = np.frombuffer(column.buffers()[1], np.uint8)
             self._pixels = flat.reshape(len(column), 3, image_size, image_size)
         if "tokens" in table.column_names:
@@ -283,8 +389,9 @@ class _Chunk:
             self._ends = column.offsets.to_numpy()
 
     def prepared(self, at: int) -> Prepared:
-        pixels = None if self._pixels is None else self._pixels[at]
-        tokens = None
-        if self._tokens is not None:
+        pixels = tokens = None
+        if self._pixels is not None and self._pictured[at]:
+            pixels = self._pixels[at]
+        if self._tokens is not None and self._ends[at] < self._ends[at + 1]:
             tokens = self._tokens[self._ends[at] : self._ends[at + 1]]
         return Prepared(pixels, tokens)

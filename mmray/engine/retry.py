@@ -31,6 +31,7 @@ from mmray.errors import ConfigError
 from mmray.lease import Lease
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import Totals, finished_summary, write_summary
+from mmray.scoring_run import RUN, Run, read_run
 from mmray.targets import Target
 
 PLACE = "_run/retry"  # below OUT; a folder a command
@@ -59,7 +60,7 @@ def retry(
         max_errors=max_errors, actors=actors, decoders=decoders, row_seconds=row_seconds
     )
     COUNTS.take()  # an earlier command's
-    ledger.read_run(out)  # before anything is written there
+    read_run(out)  # before anything is written there
     with Lease(out, console.say) as lease:
         return _retry(out, console, reasons, options, lease)
 
@@ -67,14 +68,14 @@ def retry(
 def _retry(
     out: str, console: Console, reasons: Sequence[str], options: ScoreOptions, lease: Lease
 ) -> dict[str, Any]:
-    run = ledger.read_run(out)
+    run = read_run(out)
     tries = _find(out, run, reasons)
     if not tries:
         asked = f" for {', '.join(map(repr, reasons))}" if reasons else ""
         console.say(f"nothing to retry: no row of {out} is set aside{asked}")
         return finished_summary(out, run, console) | {"retried": _counts(0, 0)}
     _check_bundle(run)
-    columns = validate(Columns, run.config.get("columns") or {}, storage.join(out, ledger.RUN))
+    columns = validate(Columns, run.config.get("columns") or {}, storage.join(out, RUN))
     options = replace(options, columns=columns)
     count = sum(len(one.rows) for one in tries.values())
     console.say(f"trying {count:,} rows of {len(tries):,} shards again that {out} set aside")
@@ -100,7 +101,7 @@ def _counts(tried: int, set_aside: int) -> dict[str, int]:
     return {"rows": tried, "scored": tried - set_aside, "set_aside": set_aside}
 
 
-def _check_bundle(run: ledger.Run) -> None:
+def _check_bundle(run: Run) -> None:
     found = read_manifest(run.bundle).fingerprint
     if found != run.fingerprint:
         raise ConfigError(
@@ -124,7 +125,7 @@ class _Try:
     problem: str | None
 
 
-def _find(out: str, run: ledger.Run, reasons: Sequence[str]) -> dict[int, _Try]:
+def _find(out: str, run: Run, reasons: Sequence[str]) -> dict[int, _Try]:
     """What to try of every shard that has something, by its place in the run's listing."""
 
     def look(record: ledger.ShardRecord) -> _Try | None:
@@ -160,7 +161,7 @@ class _Retrying(Job):
     def __init__(
         self,
         out: str,
-        run: ledger.Run,
+        run: Run,
         tries: dict[int, _Try],
         reasons: Sequence[str],
         options: ScoreOptions,
@@ -201,7 +202,7 @@ class _Retrying(Job):
 class _Recommitter:
     """Puts scores where the reasons were; it is called again when it dies, as this may be."""
 
-    def __init__(self, out: str, run: ledger.Run, parts: str, reasons: tuple[str, ...]) -> None:
+    def __init__(self, out: str, run: Run, parts: str, reasons: tuple[str, ...]) -> None:
         self._out, self._run, self._parts, self._reasons = out, run, parts, reasons
         pace.share()
 

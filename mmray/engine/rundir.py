@@ -3,8 +3,12 @@
 RUN/run.json              the config and the archive it belongs to
 RUN/tokenizer.json        trained on the training captions
 RUN/checkpoints/          Ray Train's
-RUN/best-<epoch>.safetensors   weights of the best epoch so far
-RUN/history.json          what was measured after each epoch; this and run.json stay
+RUN/best-<epoch>.safetensors   weights of the best epoch so far, and of the few best before it
+RUN/epoch-<epoch>.safetensors  those of every epoch, for train.average: soup; soup.safetensors
+RUN/logs/                 TensorBoard's event files
+RUN/failed/               the best weights, and the tokenizer, of a run whose loss was not finite
+RUN/_run/lease/           held by the command that works on it
+RUN/history.json          what was measured after each epoch; this, run.json and logs stay
 """
 
 from __future__ import annotations
@@ -18,16 +22,17 @@ from typing import Any
 from mmray import storage
 from mmray.archive.shards import Shard
 from mmray.bundle import MANIFEST, Manifest, read_manifest
-from mmray.config import TrainConfig
+from mmray.config import TrainConfig, flat
 from mmray.errors import ConfigError, NotFound
 
 RECORD, TOKENIZER, HISTORY = "run.json", "tokenizer.json", "history.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOGS, KEPT = "checkpoints", "logs", "failed"
+SOUP = "soup.safetensors"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of its checkpoints
-_BEST = re.compile(r"best-\d+\.safetensors")
+_WEIGHTS = re.compile(r"(best|epoch)-\d+\.safetensors|soup\.safetensors")
 
 #: What may differ between two sittings of one run.
-FREE = ("num_workers", "use_gpu", "checkpoints")
+FREE = ("num_workers", "use_gpu", "checkpoints", "tensorboard", "mlflow")
 
 
 def place_of(cfg: TrainConfig) -> str:
@@ -48,6 +53,7 @@ def finished(cfg: TrainConfig, shards: Sequence[Shard]) -> Manifest | None:
     manifest = read_manifest(cfg.out)
     training = manifest.training
     there = {
+        "task": manifest.task,
         "data": training.data.model_dump(mode="json"),
         "seed": training.seed,
         "preprocess": manifest.preprocess.model_dump(mode="json"),
@@ -82,10 +88,18 @@ def open_run(place: str, cfg: TrainConfig, shards: Sequence[Shard]) -> bool:
     return True
 
 
-def begin(place: str, cfg: TrainConfig, shards: Sequence[Shard]) -> None:
-    """Clear the place and write down what is asked."""
+def begin(place: str, cfg: TrainConfig, shards: Sequence[Shard], window: int | None = None) -> None:
+    """Clear the place and write down what is asked, and the rows that are decoded at a time."""
     clear(place)
-    _write(place, RECORD, _record(cfg, shards, done=False))
+    storage.delete_all(storage.join(place, LOGS))
+    _write(place, RECORD, {**_record(cfg, shards, done=False), "window": window})
+
+
+def window_of(place: str) -> int | None:
+    """How many rows this run decodes at a time, None: all. The order of rows depends on it."""
+    record = json.loads(storage.read_bytes(storage.join(place, RECORD)))
+    window: int | None = record.get("window")
+    return window
 
 
 def drop_torn_snapshot(place: str) -> None:
@@ -106,6 +120,22 @@ def close(place: str, cfg: TrainConfig, shards: Sequence[Shard], history: Any) -
     _write(place, RECORD, _record(cfg, shards, done=True))
 
 
+def give_up(place: str, best: int | None) -> str | None:
+    """Clear a run that would only fail again; where its best weights, those after epoch ``best``
+    (1-based), are kept, in the place of what an earlier failure left."""
+    kept = None
+    if best is not None:
+        folder = storage.join(place, KEPT)
+        storage.delete_all(folder)
+        for name in (best_name(best), TOKENIZER):
+            if storage.exists(storage.join(place, name)):
+                data = storage.read_bytes(storage.join(place, name))
+                storage.write_bytes(storage.join(folder, name), data)
+        kept = storage.join(folder, best_name(best))
+    clear(place)
+    return kept
+
+
 def is_open(place: str) -> bool:
     """Whether a run was begun here and not closed."""
     try:
@@ -120,15 +150,20 @@ def best_name(epoch: int) -> str:
     return f"best-{epoch}.safetensors"
 
 
+def epoch_name(epoch: int) -> str:
+    """The file of the weights after ``epoch`` (1-based), kept where epochs are averaged."""
+    return f"epoch-{epoch}.safetensors"
+
+
 def clear(place: str) -> None:
-    """Remove what runs leave here, and nothing else."""
+    """Remove what runs leave here but logs and what ``give_up`` kept, and nothing else."""
     storage.delete_all(storage.join(place, CHECKPOINTS))
     try:
         names = [item.path for item in storage.list_objects(place)]
     except NotFound:
         return
     for name in names:
-        if name in (RECORD, TOKENIZER, HISTORY) or _BEST.fullmatch(name):
+        if name in (RECORD, TOKENIZER, HISTORY) or _WEIGHTS.fullmatch(name):
             storage.delete(storage.join(place, name))
 
 
@@ -159,7 +194,7 @@ def _free(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other(what: str, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    before, now = _flat(there), _flat(asked)
+    before, now = flat(there), flat(asked)
     differing = [key for key in sorted(before | now) if before.get(key) != now.get(key)]
     if differing:
         clauses = [f"{key} is {before.get(key)!r}, asked {now.get(key)!r}" for key in differing[:3]]
@@ -168,16 +203,6 @@ def _refuse_other(what: str, there: dict[str, Any], asked: dict[str, Any]) -> No
             f"{what} of another config: {'; '.join(clauses)}{more}; choose another out, or delete "
             "it to train again"
         )
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = value
-    return found
 
 
 def _write(place: str, name: str, tree: Any) -> None:

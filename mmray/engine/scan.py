@@ -21,7 +21,7 @@ from mmray import splits
 from mmray.archive import rows
 from mmray.archive.shards import Shard, list_shards, read_shard
 from mmray.archive.want import ALL_FIELDS
-from mmray.config import Columns
+from mmray.config import Columns, Data, Task
 from mmray.engine.ingest import ReadOptions, chunks_dataset, chunks_of, running
 from mmray.engine.pieces import Piece, Plan
 from mmray.errors import ConfigError, MmrayError, RunError
@@ -61,10 +61,17 @@ class LabelledRows:
     def labels(self) -> tuple[str, ...]:
         return self.split.labels.names
 
+    def side(self, name: str) -> npt.NDArray[np.bool_]:
+        """bool [rows]: those of side "train" or "dev"."""
+        mine: npt.NDArray[np.bool_] = pc.fill_null(
+            pc.equal(self.split.sides, name), False
+        ).to_numpy(zero_copy_only=False)
+        return mine
+
     def captions(self) -> list[str]:
         """Those to train a tokenizer on."""
-        training = pc.fill_null(pc.equal(self.split.sides, splits.TRAIN), False)
-        captions: list[str] = self.rows[rows.CAPTION].filter(training).drop_null().to_pylist()
+        training = self.rows[rows.CAPTION].filter(pa.array(self.side(splits.TRAIN)))
+        captions: list[str] = training.drop_null().to_pylist()
         return captions
 
 
@@ -93,37 +100,36 @@ def field_names(samples: Sequence[rows.Sample]) -> list[str]:
     return sorted({name for sample in samples for name in sample.fields})
 
 
-def check_label(samples: Sequence[rows.Sample], label: str, key: str) -> None:
-    """Raise ConfigError when no sample has the field ``label``; ``key`` is what named it."""
+def check_field(samples: Sequence[rows.Sample], name: str, key: str) -> None:
+    """Raise ConfigError when no sample has the field ``name``; ``key`` is what named it."""
     names = field_names(samples)
-    if label not in names and any(sample.error is None for sample in samples):
+    if name not in names and any(sample.error is None for sample in samples):
         there = ", ".join(names) or "none"
-        raise ConfigError(f"{key}: got {label!r}; the archive has no such field, only: {there}")
+        raise ConfigError(f"{key}: got {name!r}; the archive has no such field, only: {there}")
 
 
 def scan(
     root: str,
     shards: Sequence[Shard],
     *,
-    columns: Columns,
-    label: str,
-    split: str | None,
+    data: Data,
+    task: Task,
     captions: bool,
     readers: int,
 ) -> Scan:
-    """Every row's label, split, digests and, with ``captions``, text.
+    """What a split needs to know of every row and, with ``captions``, its text.
 
     Raises MmrayError when storage refuses, RunError when rows were lost.
     """
-    fields = (label,) if split is None else (label, split)
+    fields = splits.identity_fields(data, task)
     dataset = chunks_dataset(
         root,
         Plan(Piece(shard) for shard in shards),
-        ReadOptions(columns=columns, fields=fields),
+        ReadOptions(columns=data.columns, fields=fields),
         readers=readers,
         cpus=1,
     ).map_batches(
-        functools.partial(_identify, label=label, split=split, captions=captions),
+        functools.partial(_identify, data=data, task=task, captions=captions),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -167,11 +173,11 @@ def records(dataset: Any) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _identify(batch: pa.Table, *, label: str, split: str | None, captions: bool) -> pa.Table:
+def _identify(batch: pa.Table, *, data: Data, task: Task, captions: bool) -> pa.Table:
     """Chunks -> ``SCAN_SCHEMA``, a row a row."""
 
     def identified(samples: list[rows.Sample]) -> pa.Buffer:
-        found = splits.identify(samples, label=label, split=split)
+        found = splits.identify(samples, data, task)
         column = SCANNED_SCHEMA.field(rows.CAPTION)
         texts = pa.array([sample.caption if captions else None for sample in samples], column.type)
         return pack_table(found.append_column(column, texts))
@@ -186,13 +192,13 @@ def map_chunks(
 ) -> pa.Table:
     """Each chunk of ``batch`` as a row of ``schema``: what ``work(shard, samples)`` makes of it.
 
-    What is no chunk keeps ``total``, ``problem`` and ``failure``. An error of ours becomes a
+    What the chunk's record has of ``schema`` is kept. An error of ours becomes a
     ``failure``, for the driver to raise: as an exception it would arrive as one of Ray's.
     """
     made = []
     for record, samples in chunks_of(batch):
         values: dict[str, Any] = dict.fromkeys(schema.names)
-        values |= {name: record[name] for name in ("shard", "total", "problem", "failure")}
+        values |= {name: record[name] for name in schema.names if name in record}
         if samples is not None:
             try:
                 values |= work(values["shard"], samples)

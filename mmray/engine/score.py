@@ -25,6 +25,7 @@ from mmray.engine.scorer import Committer, start_committer
 from mmray.lease import Lease
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import finished_summary, write_summary
+from mmray.scoring_run import Run, open_run
 from mmray.targets import Target
 
 __all__ = ["ScoreOptions", "score"]
@@ -55,7 +56,7 @@ def _score(
     lease: Lease,
 ) -> dict[str, Any]:
     asked = what_is_asked(bundle, manifest, archive, options)
-    run, resumed = ledger.open_run(out, asked)
+    run, resumed = open_run(out, asked)
     done = ledger.done_shards(out)
     if asked.targets.among(done).all():
         console.say(f"nothing to do: all {len(asked.targets):,} shards are scored in {out}")
@@ -88,7 +89,7 @@ class _Scoring(Job):
     def __init__(
         self,
         out: str,
-        run: ledger.Run,
+        run: Run,
         todo: npt.NDArray[np.bool_],
         options: ScoreOptions,
         console: Console,

@@ -22,6 +22,7 @@ from mmray.engine.decoder import PREPARED, Preparer, prepared_rows
 from mmray.engine.guard import limit_memory
 from mmray.errors import MmrayError
 from mmray.preprocess import Prepared
+from mmray.scoring_run import Run
 from mmray.targets import Target, Targets
 
 COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
@@ -159,7 +160,7 @@ def committed(commit: Callable[[], ledger.ShardRecord]) -> Committed:
 class Committer:
     """Merges the parts of finished shards; it is called again when it dies, as commits may be."""
 
-    def __init__(self, out: str, run: ledger.Run) -> None:
+    def __init__(self, out: str, run: Run) -> None:
         self._out, self._run = out, run
         pace.share()
 
@@ -167,7 +168,7 @@ class Committer:
         return committed(lambda: ledger.commit(self._out, self._run, target, total, problem))
 
 
-def start_committer(kind: type, out: str, run: ledger.Run, *more: Any) -> Any:
+def start_committer(kind: type, out: str, run: Run, *more: Any) -> Any:
     """An actor of this kind that takes no CPU of its own: it mostly waits for storage."""
     actor: Any = ray.remote(num_cpus=0)(kind)
     options = {"max_concurrency": COMMITS_AT_ONCE, "max_restarts": -1, "max_task_retries": -1}

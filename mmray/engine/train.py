@@ -7,9 +7,10 @@ same command is given again; one that is finished does nothing.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,13 +23,20 @@ from mmray.config import TrainConfig
 from mmray.engine import cluster, rundir
 from mmray.engine.board import Board
 from mmray.engine.bundling import save_bundle
+from mmray.engine.feeder import WINDOWS, Stream, feeding
+from mmray.engine.negatives import Negatives, find_negatives
 from mmray.engine.plan import Plan, absolute, initial_weights, make_plan, spec_of
-from mmray.engine.prepared import PreparedSet, Recipe, prepare, wanted_rows
+from mmray.engine.prepared import PreparedSet, Recipe, Wanted, prepare, wanted_rows
 from mmray.engine.scan import LabelledRows, archive_shards, scan
-from mmray.engine.workers import Workers, choose_workers
+from mmray.engine.units import units_of
+from mmray.engine.workers import Workers, choose_workers, decoders_beside
 from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.labels import LabelIndex
+from mmray.lease import Lease
 from mmray.preprocess import TextTokenizer, train_tokenizer
+from mmray.report import journal
 from mmray.report.progress import duration
+from mmray.report.split import notes
 
 if TYPE_CHECKING:
     from mmray.model import ModelSpec
@@ -36,6 +44,7 @@ if TYPE_CHECKING:
 SAY_SECONDS = 10.0  # between lines of progress
 SAVE_SECONDS = 120.0  # between checkpoints inside an epoch
 KEEP_CHECKPOINTS = 2
+RESIZE_SECONDS = 60.0  # between looks for more or fewer machines, where their number may change
 WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
 MEMORY_SHARE = 0.8  # of the object store, for prepared rows
 
@@ -68,54 +77,83 @@ class TrainResult:
 def train(cfg: TrainConfig, *, progress: Progress) -> TrainResult:
     """Train what ``cfg`` says; ``progress`` gets a line now and then.
 
-    Raises ConfigError before Ray starts for what can be known by then, RunError when training
-    fails, KeyboardInterrupt when it was stopped (the same call then goes on).
+    Raises ConfigError before Ray starts for what can be known by then, also that another command
+    trains this; RunError when training fails; KeyboardInterrupt when it was stopped (the same call
+    then goes on).
     """
     began = time.monotonic()
     cfg = absolute(cfg)
     shards = archive_shards(cfg.data.archive)
-    if (manifest := rundir.finished(cfg, shards)) is not None:
-        place = rundir.place_of(cfg)
-        if rundir.is_open(place):  # killed between the bundle and the tidying up
-            rundir.close(place, cfg, shards, manifest.metrics)
-        progress(f"nothing to do: {cfg.out} holds the finished bundle of this config")
-        seconds = time.monotonic() - began
-        return TrainResult(cfg.out, manifest.fingerprint, manifest.metrics, False, seconds)
-    plan = make_plan(cfg, shards)
-    bundle = _Training(plan, progress).run()
-    rundir.close(plan.place, cfg, shards, bundle.metrics)
+    place, manifest = rundir.place_of(cfg), rundir.finished(cfg, shards)
+    # What is wrong with a config is said before anything is written, a lease too.
+    plan = make_plan(cfg, shards) if manifest is None else None
+    if manifest is None or rundir.is_open(place):
+        with Lease(place, progress) as lease:
+            manifest = rundir.finished(cfg, shards)  # perhaps by another command, meanwhile
+            if manifest is None:
+                if plan is None or plan.resumed != rundir.open_run(place, cfg, shards):
+                    plan = make_plan(cfg, shards)
+                bundle = _Training(plan, progress, lease).run()
+                rundir.close(place, cfg, shards, bundle.metrics)
+                seconds = time.monotonic() - began
+                progress(f"bundle {bundle.fingerprint[:12]} in {duration(seconds)}: {cfg.out}")
+                return TrainResult(cfg.out, bundle.fingerprint, bundle.metrics, True, seconds)
+            if rundir.is_open(place):  # killed between the bundle and the tidying up
+                rundir.close(place, cfg, shards, manifest.metrics)
+    progress(f"nothing to do: {cfg.out} holds the finished bundle of this config")
     seconds = time.monotonic() - began
-    progress(f"bundle {bundle.fingerprint[:12]} in {duration(seconds)}: {cfg.out}")
-    return TrainResult(cfg.out, bundle.fingerprint, bundle.metrics, True, seconds)
+    return TrainResult(cfg.out, manifest.fingerprint, manifest.metrics, False, seconds)
 
 
 class _Training:
     """One command's work on a run that has a plan."""
 
-    def __init__(self, plan: Plan, progress: Progress) -> None:
-        self.plan, self.cfg, self.say = plan, plan.cfg, progress
+    def __init__(self, plan: Plan, progress: Progress, lease: Lease) -> None:
+        self.plan, self.cfg, self.say, self.lease = plan, plan.cfg, progress, lease
 
     def run(self) -> Bundle:
         plan, cfg = self.plan, self.cfg
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        self.tracked = journal.open_tracking(cfg, plan.place, resumed=plan.resumed)
         resources = cluster.connect()
         self.readers = max(1, resources.cpus)
         every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
         nodes = [node["Resources"] for node in every if node["Alive"]]
         workers = choose_workers(cfg, resources, [int(node.get("CPU", 0)) for node in nodes])
-        with Board(self.say) as board:
+        with Board(self.say, self.lease.check_taken) as board:
             data = self._scan_and_split(board)
             tokenizer = self._tokenizer(data)
-            if cfg.model.uses_image:
-                self._check_memory(data, [node.get("object_store_memory", 0) for node in nodes])
-            ready = self._prepare(data, tokenizer, board)
+            window = self._window(data, [node.get("object_store_memory", 0) for node in nodes])
+            recipe = Recipe(
+                cfg.preprocess,
+                tokenizer.to_json() if tokenizer else None,
+                cfg.model.modalities,
+                cfg.model.missing,
+            )
+            wanted = wanted_rows(data)
+            ready = self._prepare(data, wanted, recipe, window, board)
             spec = spec_of(cfg, len(data.labels), tokenizer)
             start = initial_weights(cfg, spec)
             if not plan.resumed:
-                self._begin(tokenizer)
-            done = self._fit(spec, data.labels, ready, start, workers, board)
-        return save_bundle(plan, spec, data, ready, tokenizer, start, done)
+                self._begin(tokenizer, window)
+            negatives = self._negatives(data, ready) if cfg.task == "match" else None
+            with contextlib.ExitStack() as stack:
+                feeder = None
+                if window is not None:
+                    stream = self._stream(wanted, ready, recipe, window)
+                    count = decoders_beside(workers, resources)
+                    feeder = stack.enter_context(feeding(stream, count))
+                done = self._fit(
+                    spec, data.split.labels, ready, negatives, start, workers, board, feeder, window
+                )
+        self.lease.check_taken()
+        alone = None if negatives is None else negatives.alone()
+        bundle = save_bundle(
+            plan, spec, data, ready, tokenizer, start, done, without_negative=alone
+        )
+        journal.close_tracking(self.tracked)
+        return bundle
 
     # --- rows ----------------------------------------------------------------------------------
 
@@ -126,24 +164,26 @@ class _Training:
             lambda: scan(
                 plan.archive,
                 plan.shards,
-                columns=cfg.data.columns,
-                label=cfg.data.label,
-                split=cfg.data.split,
+                data=cfg.data,
+                task=cfg.task,
                 captions=cfg.model.uses_text and plan.tokenizer is None,
                 readers=self.readers,
             )
         )
-        split = splits.assign(found.rows, data=cfg.data, seed=cfg.seed, fields=plan.fields)
+        split = splits.assign(
+            found.rows, data=cfg.data, seed=cfg.seed, fields=plan.fields, task=cfg.task
+        )
         report = split.report
         self.say(f"{report.rows:,} rows; split by {report.rule}")
-        for side, counts in (("train", report.train), ("dev", report.dev)):
-            each = ", ".join(f"{label} {n:,}" for label, n in counts.items())
-            self.say(f"  {side} {sum(counts.values()):,}: {each}")
+        sides = (("train", report.train_rows, report.train), ("dev", report.dev_rows, report.dev))
+        for side, n, counts in sides:
+            each = ", ".join(f"{label} {count:,}" for label, count in counts.items())
+            self.say(f"  {side} {n:,}" + (f": {each}" if cfg.task != "match" else " pairs"))
         if report.unlabelled or report.unused:
             unused = [f"{value} {n:,}" for value, n in report.unused.items()]
             self.say(f"  not used: {', '.join([f'unlabelled {report.unlabelled:,}', *unused])}")
         problems = [f"{shard}: {problem}" for shard, problem in found.problems.items()]
-        for line in [*splits.warnings(report), *problems]:
+        for line in [*notes(report), *problems]:
             self.say(f"  note: {line}")
         return LabelledRows(found.rows, split)
 
@@ -155,61 +195,113 @@ class _Training:
         self.say(f"tokenizer of {tokenizer.vocab_size:,} tokens from {len(captions):,} captions")
         return tokenizer
 
-    def _begin(self, tokenizer: TextTokenizer | None) -> None:
+    def _begin(self, tokenizer: TextTokenizer | None, window: int | None) -> None:
         place = self.plan.place
-        rundir.begin(place, self.cfg, self.plan.shards)
+        rundir.begin(place, self.cfg, self.plan.shards, window)
         if tokenizer is not None:
             kept = storage.join(place, rundir.TOKENIZER)
             storage.write_bytes(kept, tokenizer.to_json().encode())
 
-    def _check_memory(self, data: LabelledRows, stores: list[float]) -> None:
-        """Raise ConfigError when the prepared rows cannot lie in every node's object store."""
-        size, report = self.cfg.preprocess.image.size, data.split.report
-        used = sum(report.train.values()) + sum(report.dev.values())
-        need, have = used * 3 * size * size, min(stores) * MEMORY_SHARE
-        if need > have:
-            raise ConfigError(
-                f"preprocess.image.size: {used:,} rows of {size} x {size} pixels take "
-                f"{need / 1e9:.1f} GB, Ray's object store has {have / 1e9:.1f} GB for them on its "
-                "smallest node; choose a smaller size, or start Ray with more "
-                "--object-store-memory"
-            )
+    def _window(self, data: LabelledRows, stores: list[float]) -> int | None:
+        """How many rows are decoded at a time, None: all, as they fit into every node's object
+        store. A run that goes on keeps to what it began with: the order of its rows follows."""
+        cfg, report = self.cfg, data.split.report
+        if not cfg.model.uses_image:
+            return None
+        used = report.train_rows + report.dev_rows
+        each, have = 3 * cfg.preprocess.image.size**2, min(stores) * MEMORY_SHARE
+        fits = used * each <= have
+        fitting = None if fits else max(1, int(have / each / WINDOWS))
+        window = cfg.train.window_rows or fitting
+        if self.plan.resumed:
+            window = rundir.window_of(self.plan.place)
+        need = f"{used:,} rows take {used * each / 1e9:.2f} GB"
+        room = f"the object store has {have / 1e9:.2f} GB for them"
+        if window is not None and window < used:
+            self.say(f"rows are decoded in every epoch, {window:,} at a time: {need}, {room}")
+            return window
+        if not fits:
+            self.say(f"  note: all rows are kept, in part on disk: {need}, {room}")
+        return None
+
+    def _stream(
+        self, wanted: Mapping[str, Wanted], ready: PreparedSet, recipe: Recipe, window: int
+    ) -> Stream:
+        plan, cfg = self.plan, self.cfg
+        return Stream(
+            root=plan.archive,
+            shards={shard.path: shard for shard in plan.shards},
+            columns=cfg.data.columns,
+            wanted=ray.put(dict(wanted)),
+            recipe=recipe,
+            sides=(
+                units_of(ready.chunks, wanted, dev=False),
+                units_of(ready.chunks, wanted, dev=True),
+            ),
+            window=window,
+            epochs=cfg.train.epochs,
+            seed=cfg.seed,
+        )
 
     def _prepare(
-        self, data: LabelledRows, tokenizer: TextTokenizer | None, board: Board
+        self,
+        data: LabelledRows,
+        wanted: Mapping[str, Wanted],
+        recipe: Recipe,
+        window: int | None,
+        board: Board,
     ) -> PreparedSet:
         plan, cfg, total = self.plan, self.cfg, data.rows.num_rows
-        kept = tokenizer.to_json() if tokenizer else None
         ready = board.attend(
             lambda: prepare(
                 plan.archive,
                 plan.shards,
-                wanted_rows(data),
-                Recipe(cfg.preprocess, kept, cfg.model.modalities),
+                wanted,
+                recipe,
                 columns=cfg.data.columns,
                 readers=self.readers,
+                keep_pixels=window is None,
                 board=board.actor,
             ),
             counted=lambda done: f"preparing rows: {done:,} of {total:,}",
         )
         for reason, n in ready.reasons().items():
             self.say(f"  note: set aside, {reason}: {n} rows")
+        for line in never_missing(cfg, ready.chunks):
+            self.say(f"  note: {line}")
         for side, n in (("train", ready.train), ("dev", ready.dev)):
             if not n:
                 first = ready.aside[0] if ready.aside else None
                 raise RunError(f"{plan.archive}: no {side} row can be prepared; first: {first}")
         return ready
 
+    def _negatives(self, data: LabelledRows, ready: PreparedSet) -> Negatives:
+        aside = {(shard, row) for shard, row, *_ in ready.aside}
+        found = find_negatives(data, aside, self.cfg)
+        for side, n in found.alone().items():
+            if n:
+                self.say(f"  note: {n:,} {side} rows have no negative: always shown as they are")
+        if found.alone()[splits.DEV] == ready.dev or found.alone()[splits.TRAIN] == ready.train:
+            within = self.cfg.data.negatives_within
+            raise ConfigError(
+                f"data.negatives_within: got {within!r}; no row of a side has another one with the "
+                "same value and another picture and caption; name another column, or null"
+            )
+        return found
+
     # --- training ------------------------------------------------------------------------------
 
     def _fit(
         self,
         spec: ModelSpec,
-        labels: tuple[str, ...],
+        labels: LabelIndex,
         ready: PreparedSet,
+        negatives: Negatives | None,
         start: bytes,
         workers: Workers,
         board: Board,
+        feeder: Any,
+        window: int | None,
     ) -> dict[str, Any]:
         """Run the training workers to the end; what ``loop.train_loop`` gives."""
         from ray.train.torch import TorchTrainer
@@ -221,22 +313,28 @@ class _Training:
         job = loop.Job(
             cfg=self.cfg,
             spec=spec,
-            labels=labels,
+            labels=labels.names,
+            sets=labels.members(),
+            negatives=negatives,
             blocks=ready.refs,
+            feeder=feeder,
+            window=window,
             weights=ray.put(start),
             run=place,
             board=board.actor,
             threads=workers.cpus,
             say_seconds=SAY_SECONDS,
             save_seconds=SAVE_SECONDS,
+            tracked=self.tracked,
         )
-        gpu = {"GPU": 1} if workers.gpu else {}
+        gpu, fixed = {"GPU": 1} if workers.gpu else {}, workers.least == workers.count
         api: Any = ray.train  # its annotations are those of the API before V2
         trainer: Any = TorchTrainer(
             cast(Any, loop.train_loop),
             train_loop_config={"job": ray.put(job)},
             scaling_config=api.ScalingConfig(
-                num_workers=workers.count,
+                num_workers=workers.count if fixed else (workers.least, workers.count),
+                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
                 use_gpu=workers.gpu,
                 resources_per_worker={"CPU": workers.cpus, **gpu},
             ),
@@ -244,12 +342,14 @@ class _Training:
                 name=rundir.CHECKPOINTS,
                 storage_path=place,
                 checkpoint_config=api.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
-                failure_config=api.FailureConfig(max_failures=WORKER_FAILURES),
+                # Machines that are taken away count apart, and as often as it happens.
+                failure_config=api.FailureConfig(
+                    max_failures=WORKER_FAILURES, max_preemption_failures=-1
+                ),
                 logging_config=api.LoggingConfig(log_level="ERROR"),
             ),
         )
-        on = "GPU" if workers.gpu else f"CPU, {workers.cpus} threads each"
-        self.say(f"training with {workers.count} workers on {on}")
+        self.say(f"training with {workers}")
         try:
             result = board.attend(
                 trainer.fit, on_stop="stopping after this step, with a checkpoint (again: at once)"
@@ -260,12 +360,26 @@ class _Training:
         if done["outcome"] == loop.STOPPED:
             raise KeyboardInterrupt
         if done["outcome"] == loop.FAILED:
-            rundir.clear(place)  # going on would only fail again
+            best = done["best"] and done["best"]["epoch"]
+            where = rundir.give_up(place, best)  # going on would only fail again
             raise RunError(
                 f"the loss is not finite in epoch {done['epoch'] + 1}, step {done['step'] + 1}; "
                 f"a lower train.lr (now {self.cfg.train.lr:g}) or train.grad_clip may help"
+                + (f"; its best weights are kept: {where}" if where else "")
             )
         return done
+
+
+def never_missing(cfg: TrainConfig, chunks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the model is to do without and cannot learn to, a line each."""
+    if not cfg.model.missing or cfg.train.modality_dropout:
+        return []
+    return [
+        f"model.missing: no training row lacks its {what}, so that scores without one mean "
+        "nothing; train.modality_dropout teaches the model to do without"
+        for what, name in (("picture", "no_image"), ("caption", "no_text"))
+        if not sum(chunk[name] for chunk in chunks)
+    ]
 
 
 def _cause(error: ray.train.WorkerGroupError) -> Exception:

@@ -25,16 +25,25 @@ class Features:
     mask: Tensor | None = None
 
 
-def masked_mean(x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    """Mean over the real tokens -> [B, D]; zeros for a row that has none."""
+def masked_mean(x_BLD: Tensor, mask_BL: Tensor | None) -> Tensor:
+    """Mean over the real tokens (None: all are) -> [B, D]; zeros for a row that has none."""
+    if mask_BL is None:
+        return x_BLD.mean(1)
     weights_BL1 = mask_BL.unsqueeze(-1).to(x_BLD.dtype)
     return (x_BLD * weights_BL1).sum(1) / weights_BL1.sum(1).clamp(min=1)
+
+
+def attendable(mask_BL: Tensor) -> Tensor:
+    """Where attention may look, bool [B, 1, 1, L]: at real tokens. In a row that has none it may
+    look anywhere, as softmax over nothing would be NaN."""
+    return (mask_BL | ~mask_BL.any(1, keepdim=True))[:, None, None, :]
 
 
 class Encoder(nn.Module):
     """An encoder of one modality: ``forward`` gives Features of width ``dim``.
 
-    ``pretrained``: its weights were learned elsewhere (it trains at ``train.backbone_lr``).
+    ``pretrained``: its weights were learned elsewhere (it trains at ``train.backbone_lr``, unless
+    its own ``lr`` is given).
     A pretrained encoder keeps its batch-norm statistics even under ``train()``: small batches
     from another distribution would wreck them, and weights whose batch norms were folded away
     hold no true statistics to renew. ``frozen``: parameters stay as they are too; no gradients

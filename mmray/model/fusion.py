@@ -1,7 +1,9 @@
-"""Fusions: the features of both modalities -> one vector a row.
+"""Fusions: the features of both modalities -> one vector a row. ``cross_attention`` has its own
+module.
 
-Shapes: B rows, D width of the fused vector; see ``features`` for the rest. A fusion is made from
-(image width, text width, fused width, dropout) and may use pooled vectors, tokens and masks.
+Shapes: B rows, P patches, D width of the fused vector; see ``features`` for the rest. A fusion is
+made from (image width, text width, fused width, dropout) and may use pooled vectors, tokens and
+masks.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mmray.model.features import Features
+from mmray.model.features import Features, masked_mean
 
 
 class Fusion(nn.Module):
@@ -82,5 +84,60 @@ class Gated(Fusion):
         )
 
 
-#: ``model.fusion`` -> its module.
-FUSIONS: dict[str, type[Fusion]] = {"concat": Concat, "gated": Gated}
+class Bilinear(Fusion):
+    """Low-rank bilinear pooling (Kim et al. 2017, arXiv:1610.04325, section 3).
+
+    ``tanh(U v) * tanh(W t)``: every product of a picture's and a text's feature has its weight, in
+    D factors of rank one; the head is the paper's projection of them.
+    """
+
+    pooled_only = True
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
+        super().__init__(image_dim, text_dim, dim, dropout)
+        self.image, self.text = (
+            nn.Sequential(nn.LayerNorm(width), nn.Dropout(dropout), nn.Linear(width, dim))
+            for width in (image_dim, text_dim)
+        )
+
+    def forward(self, image: Features, text: Features) -> Tensor:
+        return torch.tanh(self.image(image.pooled)) * torch.tanh(self.text(text.pooled))
+
+
+class Film(Fusion):
+    """Feature-wise linear modulation (Perez et al. 2018, arXiv:1709.07871): the text scales and
+    shifts every feature of every patch, twice, and the mean over the patches is the result.
+
+    One way, as in the paper: what a picture shows is read in the light of what is said. The paper's
+    residual blocks, with 1 x 1 convolutions alone (patches of some encoders lie in no grid) and a
+    normalisation over features, which does not depend on the other rows.
+    """
+
+    pooled_only = False
+
+    def __init__(self, image_dim: int, text_dim: int, dim: int, dropout: float) -> None:
+        super().__init__(image_dim, text_dim, dim, dropout)
+        self.image = nn.Sequential(nn.LayerNorm(image_dim), nn.Linear(image_dim, dim))
+        self.text = nn.Sequential(nn.LayerNorm(text_dim), nn.Dropout(dropout))
+        self.blocks = nn.ModuleList(_Modulated(text_dim, dim) for _ in range(2))
+
+    def forward(self, image: Features, text: Features) -> Tensor:
+        x_BPD, text_BD = self.image(image.tokens), self.text(text.pooled)
+        for block in self.blocks:
+            x_BPD = block(x_BPD, text_BD)
+        return masked_mean(x_BPD, image.mask)
+
+
+class _Modulated(nn.Module):
+    """``x + relu((1 + gamma) * norm(linear(x)) + beta)``, gamma and beta from the text."""
+
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, elementwise_affine=False)  # the text does that
+        self.modulation = nn.Linear(text_dim, 2 * dim)
+
+    def forward(self, x_BPD: Tensor, text_BD: Tensor) -> Tensor:
+        gamma_B1D, beta_B1D = self.modulation(text_BD).unsqueeze(1).chunk(2, dim=-1)
+        modulated_BPD = (1 + gamma_B1D) * self.norm(self.linear(x_BPD)) + beta_B1D
+        return x_BPD + torch.relu(modulated_BPD)

@@ -7,7 +7,8 @@ P = h * w patches, D width.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +50,27 @@ class ImageEncoder(Encoder):
         self.normalize = Normalize(normalize)
 
     def forward(self, pixels_BCHW: Tensor) -> Features:
-        with self.grad_mode():
+        alone = self.training and len(pixels_BCHW) == 1
+        with self.grad_mode(), _running_statistics(self) if alone else nullcontext():
             return self.encode(self.normalize(pixels_BCHW))
 
     def encode(self, x_BCHW: Tensor) -> Features:
         """``x``: float32, normalised."""
         raise NotImplementedError
+
+
+@contextmanager
+def _running_statistics(encoder: nn.Module) -> Iterator[None]:
+    """Context in which batch norms go by what they have gathered: a single picture, whose last map
+    may be one pixel, has no statistics."""
+    norms = [m for m in encoder.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    for norm in norms:
+        norm.eval()
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.train()
 
 
 class SmallCNN(ImageEncoder):

@@ -13,13 +13,31 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from mmray.config import TextModel
 from mmray.errors import ConfigError
-from mmray.model.features import Encoder, Features, masked_mean
+from mmray.model.features import Encoder, Features, attendable, masked_mean
 
 HF = "hf:"
 KEY = "model.text.encoder"
+#: Model types whose positions begin after the padding token's number, as RoBERTa's do.
+OFFSET = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 class TextEncoder(Encoder):
@@ -47,6 +65,38 @@ class Bag(TextEncoder):
     def encode(self, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
         x_BLD: Tensor = self.linear(self.embedding(tokens_BL))
         return x_BLD
+
+
+class GRU(TextEncoder):
+    """Gated recurrent units (Cho et al. 2014, arXiv:1406.1078) over the caption in both
+    directions; a token's vector is what each has seen up to it, side by side.
+
+    Captions are packed, so that the backward direction starts at a caption's end, not in its
+    padding. ``mask`` is True up to there, and False after it.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, layers: int, dropout: float) -> None:
+        super().__init__()
+        self.dim = dim
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.net = nn.GRU(
+            dim,
+            dim // 2,
+            layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout if layers > 1 else 0.0,
+        )
+
+    def encode(self, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        x_BLD = self.dropout(self.embedding(tokens_BL))
+        lengths_B = mask_BL.sum(1).clamp(min=1).cpu()  # of no token at all nothing can be packed
+        packed = pack_padded_sequence(x_BLD, lengths_B, batch_first=True, enforce_sorted=False)
+        x_out_BLD, _ = pad_packed_sequence(
+            self.net(packed)[0], batch_first=True, total_length=tokens_BL.shape[1]
+        )
+        return x_out_BLD
 
 
 class Block(nn.Module):
@@ -96,9 +146,7 @@ class Transformer(TextEncoder):
         self.norm = nn.LayerNorm(dim)
 
     def encode(self, tokens_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        # A row without any token may attend anywhere: softmax over nothing would be NaN.
-        allowed_BL = mask_BL | ~mask_BL.any(1, keepdim=True)
-        allowed_B11L = allowed_BL[:, None, None, :]
+        allowed_B11L = attendable(mask_BL)
         x_BLD = self.dropout(self.embedding(tokens_BL) + self.positions[: tokens_BL.shape[1]])
         for block in self.blocks:
             x_BLD = block(x_BLD, allowed_B11L)
@@ -158,6 +206,8 @@ def build(
     encoder: TextEncoder
     if cfg.encoder == "bag":
         encoder = Bag(vocab_size, cfg.dim)
+    elif cfg.encoder == "gru":
+        encoder = GRU(vocab_size, cfg.dim, cfg.layers, dropout)
     elif cfg.encoder == "transformer":
         encoder = Transformer(vocab_size, max_tokens, cfg.dim, cfg.layers, cfg.heads, dropout)
     else:
@@ -203,6 +253,8 @@ def read_hf_config(encoder: str, *, vocab_size: int | None, max_tokens: int) -> 
             f"{config.vocab_size}; use the tokenizer.json that belongs to the model"
         )
     longest = getattr(config, "max_position_embeddings", max_tokens)
+    if config.model_type in OFFSET:
+        longest -= (config.pad_token_id or 0) + 1
     if max_tokens > longest:
         raise ConfigError(
             f"preprocess.text.max_tokens: got {max_tokens}; {encoder} takes at most {longest}"

@@ -31,7 +31,7 @@ PREPROCESS_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One pair, ready for the model; what the model does not use is None.
+    """One pair, ready for the model; what the model does not use, or does without, is None.
 
     ``pixels``: uint8 [3, H, W]. ``tokens``: int32 [L], 1 <= L <= max_tokens, not padded.
     """
@@ -47,16 +47,25 @@ def fault(sample: Sample) -> BadRow:
 
 
 class Preprocessor:
-    """A model's preprocessing: its config, its tokenizer, and the modalities it uses."""
+    """A model's preprocessing: its config, its tokenizer, and the modalities it uses.
+
+    ``missing``: the model does without a picture or a caption that is not there, though not without
+    both; one that is there and broken is broken.
+    """
 
     def __init__(
-        self, cfg: Preprocess, tokenizer: TextTokenizer | None, modalities: Modalities
+        self,
+        cfg: Preprocess,
+        tokenizer: TextTokenizer | None,
+        modalities: Modalities,
+        missing: bool = False,
     ) -> None:
         if modalities != "image" and tokenizer is None:
             raise ValueError(f"modalities: got {modalities!r} without a tokenizer")
         self.cfg = cfg
         self.tokenizer = tokenizer
         self.modalities = modalities
+        self.missing = missing
         self._nothing_dropped = cfg.text.model_copy(update={"urls": "keep", "mentions": "keep"})
 
     def prepare(self, sample: Sample) -> Prepared:
@@ -76,6 +85,8 @@ class Preprocessor:
             raise BadRow.surprise(
                 "image" if self.tokenizer is None else "caption", error
             ) from error
+        if pixels is None and tokens is None:
+            raise BadRow("image", "neither image nor caption")
         return Prepared(pixels, tokens)
 
     def prepare_all(self, samples: Iterable[Sample]) -> tuple[list[Sample], list[Prepared | None]]:
@@ -92,16 +103,18 @@ class Preprocessor:
                 left.append(replace(sample, error=str(bad), error_stage=bad.stage))
         return left, prepared
 
-    def _pixels(self, sample: Sample) -> np.ndarray:
-        if sample.image is None:
-            raise BadRow("image", "no image")
-        return decode_image(sample.image, self.cfg.image)
+    def _pixels(self, sample: Sample) -> np.ndarray | None:
+        if sample.image is not None:
+            return decode_image(sample.image, self.cfg.image)
+        if self.missing:
+            return None
+        raise BadRow("image", "no image")
 
-    def _tokens(self, sample: Sample) -> np.ndarray:
+    def _tokens(self, sample: Sample) -> np.ndarray | None:
         assert self.tokenizer is not None
-        if sample.caption is None:
-            raise BadRow("caption", "no caption")
         # A caption of URLs alone has something to say, even to a model that drops them.
-        if not clean_text(sample.caption, self._nothing_dropped):
-            raise BadRow("caption", "empty caption")
-        return self.tokenizer.encode(sample.caption)
+        if sample.caption is not None and clean_text(sample.caption, self._nothing_dropped):
+            return self.tokenizer.encode(sample.caption)
+        if self.missing:
+            return None
+        raise BadRow("caption", "no caption" if sample.caption is None else "empty caption")

@@ -26,6 +26,7 @@ from mmray.archive.want import whole_text
 from mmray.archive.writers import TarWriter
 from mmray.config import Columns, validate
 from mmray.errors import ConfigError, NotFound
+from mmray.scoring_run import RUN, Run, read_run
 from mmray.targets import Target
 
 MANIFEST = "manifest.csv"
@@ -71,9 +72,9 @@ def export(
     for, NotFound when OUT holds no run, StorageError.
     """
     out, dest = storage.absolute(out), storage.absolute(dest)
-    run = ledger.read_run(out)
+    run = read_run(out)
     _check_dest(out, run, dest)
-    columns = validate(Columns, run.config.get("columns") or {}, storage.join(out, ledger.RUN))
+    columns = validate(Columns, run.config.get("columns") or {}, storage.join(out, RUN))
     report = Export(dest)
     with tempfile.TemporaryDirectory() as scratch:
         manifest, tars = Path(scratch, MANIFEST), _Tars(report, Path(scratch))
@@ -94,7 +95,7 @@ def export(
     return report
 
 
-def _check_dest(out: str, run: ledger.Run, dest: str) -> None:
+def _check_dest(out: str, run: Run, dest: str) -> None:
     for place in (run.archive, storage.join(out, ledger.SCORES), storage.join(out, "_run")):
         if overlaps(place, dest):
             raise ConfigError(f"{dest}: overlaps {place}; choose another place")
@@ -109,7 +110,7 @@ def _check_dest(out: str, run: ledger.Run, dest: str) -> None:
 
 
 def _shard(
-    run: ledger.Run,
+    run: Run,
     columns: Columns,
     ordinal: int,
     target: Target,

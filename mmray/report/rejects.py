@@ -9,6 +9,7 @@ from typing import Any
 
 from mmray import ledger, rejects, storage
 from mmray.archive import rows
+from mmray.scoring_run import read_run
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ def find(out: str, *, reasons: Sequence[str] = (), examples: int = 3) -> Rejects
     that have an example to give. Raises NotFound when OUT holds no run, StorageError.
     """
     out = storage.absolute(out)
-    run = ledger.read_run(out)
+    run = read_run(out)
     found, counts = Rejects(out), Counter[str]()
     for _, _, record in ledger.committed(out, run, lambda record: record):
         found.shards += 1

@@ -10,7 +10,10 @@ from typing import Any
 
 from mmray import ledger, storage
 from mmray.report.progress import Console, Meter, Tally, duration
+from mmray.scoring_run import Run
 from mmray.targets import Targets
+
+MOST_SETS = 100  # of labels, that a summary names
 
 
 class Totals:
@@ -46,7 +49,7 @@ class Totals:
             tally(number, len(targets))
         tally.end()
 
-    def summary(self, run: ledger.Run) -> dict[str, Any]:
+    def summary(self, run: Run) -> dict[str, Any]:
         return {
             "run_id": run.run_id,
             "archive": run.archive,
@@ -56,7 +59,11 @@ class Totals:
             "shards": len(run.targets),
             **{name: self._counts[name] for name in COUNTS},
             "reasons": dict(self._reasons.most_common()),
-            "labels": {label: self._labels[label] for label in run.labels},
+            # Where a row may have several labels, sets of them occur too.
+            "labels": {label: self._labels[label] for label in run.labels}
+            | {
+                text: n for text, n in self._labels.most_common(MOST_SETS) if text not in run.labels
+            },
             "problems": [
                 {"shard": shard, "problem": problem}
                 for shard, problem in sorted(self._problems.items())
@@ -67,7 +74,7 @@ class Totals:
 COUNTS = ("shards_done", "bytes", "rows", "scored", "set_aside")
 
 
-def write_summary(out: str, run: ledger.Run, totals: Totals, meter: Meter) -> dict[str, Any]:
+def write_summary(out: str, run: Run, totals: Totals, meter: Meter) -> dict[str, Any]:
     """Write and return the summary of a run whose committed shards come to ``totals``.
 
     The ``meter`` of this command gives its ``seconds``, after how many of them the first rows were
@@ -77,7 +84,7 @@ def write_summary(out: str, run: ledger.Run, totals: Totals, meter: Meter) -> di
     return _write(out, totals.summary(run) | _times(meter))
 
 
-def finished_summary(out: str, run: ledger.Run, console: Console) -> dict[str, Any]:
+def finished_summary(out: str, run: Run, console: Console) -> dict[str, Any]:
     """The summary of a run with nothing left to do, as the last command wrote it; from the score
     files where that was killed before it did."""
     uri = storage.join(out, ledger.SUMMARY)

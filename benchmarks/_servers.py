@@ -1,0 +1,140 @@
+"""What serve_load.py sets mmray beside, each in a process of its own:
+
+    python benchmarks/_servers.py predictor BUNDLE BODIES SECONDS
+    python benchmarks/_servers.py fastapi|litserve BUNDLE PORT
+
+``predictor``: no server: bare processes, one a core, each with a Predictor and batches of 16;
+prints their rate, and what one pair takes alone. ``fastapi``: what one writes first: a handler that
+decodes and scores one request. ``litserve``: LitServe, batches of 16, a worker a core, with
+mmray's own Predictor in it.
+"""
+
+import json
+import multiprocessing
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import uvicorn
+from _arms import CORES, Model, decode_pillow
+from _load import BOUNDARY, read_bodies
+from fastapi import FastAPI, Form, Request, UploadFile
+
+from mmray.archive.rows import Sample
+
+try:
+    import litserve
+except ModuleNotFoundError:  # that arm is left out
+    litserve = None
+
+BATCH = 16
+FORM = f"multipart/form-data; boundary={BOUNDARY}"
+ALONE, PAUSE_S = 30, 0.2  # pairs that are timed by themselves
+
+
+def _samples(path: str) -> list[Sample]:
+    from mmray.serving.bodies import one
+    from mmray.serving.settings import Limits
+
+    return [one(body, FORM, Limits()) for body in read_bodies(Path(path))]
+
+
+def _score(bundle: str, bodies: str, seconds: float, start: Any, results: Any) -> None:
+    predictor = _predictor(bundle)
+    samples = (_samples(bodies) * BATCH)[:BATCH]
+    for _ in range(3):
+        predictor.score_table(samples)
+    start.wait()
+    began, rows = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        predictor.score_table(samples)
+        rows += BATCH
+    results.put(rows / (time.perf_counter() - began))
+
+
+def _predictor(bundle: str) -> Any:
+    import torch
+
+    from mmray.bundle import load
+    from mmray.predict import Predictor
+
+    torch.set_num_threads(1)
+    return Predictor(load(bundle), "cpu", batch_size=BATCH)
+
+
+def predictor(bundle: str, bodies: str, seconds: float) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    start, results = context.Barrier(CORES), context.Queue()
+    asked = bundle, bodies, seconds, start, results
+    workers = [context.Process(target=_score, args=asked) for _ in range(CORES)]
+    for worker in workers:
+        worker.start()
+    rate = sum(results.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    alone, scorer, times = _samples(bodies)[:1], _predictor(bundle), []
+    for _ in range(ALONE):
+        time.sleep(PAUSE_S)  # as between requests that come one at a time
+        began = time.perf_counter()
+        scorer.score_table(alone)
+        times.append(time.perf_counter() - began)
+    return {"rate": rate, "alone_ms": statistics.median(times) * 1e3}
+
+
+def fastapi(bundle: str, port: int) -> None:
+    app, model = FastAPI(), Model(bundle, CORES)
+
+    @app.post("/v1/score")
+    def score(image: UploadFile, caption: Annotated[str, Form()]) -> dict[str, Any]:
+        pixels = decode_pillow(image.file.read(), model.size)
+        return {"scores": model.score(np.stack([pixels]), [caption])[0].tolist()}
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="warning")
+
+
+class Api(litserve.LitAPI if litserve else object):  # type: ignore[misc]
+    def __init__(self, bundle: str) -> None:
+        super().__init__(max_batch_size=BATCH, batch_timeout=0.005, api_path="/v1/score")
+        self.bundle = bundle
+
+    def setup(self, device: str) -> None:
+        self.predictor = _predictor(self.bundle)
+
+    def decode_request(self, request: Request) -> Any:  # it reads the annotation
+        image, caption = request["image"].file.read(), request["caption"]
+        sample = Sample("request", 0, "0", image, caption)
+        return sample, self.predictor.prepare(sample)
+
+    def batch(self, inputs: list[Any]) -> Any:
+        return inputs
+
+    def predict(self, inputs: list[Any]) -> list[Any]:
+        samples, prepared = map(list, zip(*inputs, strict=True))
+        return self.predictor.score(samples, prepared).table.to_pylist()
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        return output
+
+    def encode_response(self, output: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in output.items() if name.startswith("p_")}
+
+
+def lit(bundle: str, port: int) -> None:
+    server = litserve.LitServer(
+        Api(bundle), accelerator="cpu", workers_per_device=CORES, timeout=120
+    )
+    server.run(
+        host="127.0.0.1", port=port, num_api_servers=1, generate_client_file=False,
+        log_level="warning", pretty_logs=False,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    arm, uri, *rest = sys.argv[1:]
+    if arm == "predictor":
+        print(json.dumps(predictor(uri, rest[0], float(rest[1]))))
+    else:
+        {"fastapi": fastapi, "litserve": lit}[arm](uri, int(rest[0]))

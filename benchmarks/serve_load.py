@@ -1,0 +1,266 @@
+"""A server under load: `mmray serve` beside the bare Predictor, plain FastAPI and LitServe.
+
+    python benchmarks/serve_load.py [--encoders resnet18,mobilenet_v3_small] [--images small,large]
+        [--seconds 15] [--overload 60] [--arms predictor,mmray,fastapi,litserve] [--json]
+
+Requests are multipart, over loopback, from a second process on the same cores, which costs every
+server the same. At saturation 48 callers each wait for their answer. The other loads are open:
+requests come when they come, at 25, 50, 75 and 90 % of that rate, then at three times of it for
+``--overload`` seconds, then at a quarter again, to see the server recover. What light load adds is
+its median at 10 % less what one pair takes in a Predictor alone.
+
+Last, under half of the load, a scoring replica and then one that speaks HTTP is killed (SIGKILL).
+Nothing here asks again, as mmray's client would, so what fails is seen: status 0 is a connection
+that ended without an answer.
+
+``small`` pictures are JPEGs of about 50 KB, ``large`` ones of about 1 MB. Where several cases are
+run, the JSON keys have the worst of them. LitServe: `pip install litserve`; without, that arm is
+left out. mmray has a scoring replica a core, LitServe a worker a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from _corpus import caption, pictures, write_bundle
+from _load import write_bodies
+
+ARMS = ("predictor", "mmray", "fastapi", "litserve")
+ENCODERS = ("resnet18", "mobilenet_v3_small")
+IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
+LOADS = (0.25, 0.5, 0.75, 0.9)
+CALLERS, WARM_S, RECOVERY_S = 48, 5.0, 10.0
+KILL_S = 20.0
+START_S = 240.0
+HERE = Path(__file__).parent
+CORES = os.cpu_count() or 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--encoders", default=",".join(ENCODERS), help="by comma")
+    parser.add_argument("--images", default=",".join(IMAGES), help="small, large")
+    parser.add_argument("--arms", default=",".join(ARMS), help="which, by comma")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
+    parser.add_argument("--overload", type=float, default=60.0, help="seconds; 0: none")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    args = parser.parse_args()
+    arms = [a for a in args.arms.split(",") if a != "litserve" or _there("litserve")]
+    cases = []
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in args.images.split(","):
+            side, quality, count = IMAGES[kind]
+            pairs = [(p, caption(i)) for i, p in enumerate(pictures(side, quality, count))]
+            bodies = write_bodies(Path(folder, kind), pairs)
+            for encoder in args.encoders.split(","):
+                bundle = write_bundle(Path(folder, encoder), encoder)
+                case = {"encoder": encoder, "images": kind, "kb": len(pairs[0][0]) // 1000}
+                for arm in arms:
+                    case[arm] = run(arm, bundle, bodies, args)
+                    _say(f"{encoder}, {kind}: {arm} {case[arm]['rate']:.1f}/s")
+                cases.append(case)
+    result = summary(cases)
+    print(json.dumps(result) if args.json else text(result))
+
+
+def _there(module: str) -> bool:
+    found = importlib.util.find_spec(module) is not None
+    if not found:
+        _say(f"{module} is not installed: its arm is left out")
+    return found
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+# --- an arm --------------------------------------------------------------------------------------
+
+
+def run(arm: str, bundle: Path, bodies: Path, args: argparse.Namespace) -> dict[str, Any]:
+    if arm == "predictor":
+        command = [sys.executable, HERE / "_servers.py", arm, bundle, bodies, str(args.seconds)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return result
+    with server(arm, bundle) as (process, port):
+        asked = {"host": "127.0.0.1", "port": port, "path": "/v1/score", "bodies": str(bodies)}
+        load({**asked, "in_flight": CALLERS, "seconds": WARM_S})
+        full = load({**asked, "in_flight": CALLERS, "seconds": args.seconds})
+        found = {"rate": full["goodput"], "ms": full["ms"], "statuses": full["statuses"]}
+        if arm == "mmray":
+            found |= under_loads(asked, full["goodput"], args, process)
+    return found
+
+
+def under_loads(
+    asked: dict[str, Any], most: float, args: argparse.Namespace, process: psutil.Process
+) -> dict[str, Any]:
+    light = load({**asked, "rate": 0.1 * most, "seconds": args.seconds})
+    loads = {
+        f"{share:.0%}": load({**asked, "rate": share * most, "seconds": args.seconds})
+        for share in LOADS
+    }
+    found: dict[str, Any] = {"light": light, "loads": loads}
+    if args.overload:
+        before = _memory(process)
+        found["overload"] = load({**asked, "rate": 3 * most, "seconds": args.overload})
+        found["memory_mib"] = [before, _memory(process)]
+        found["recovery"] = load({**asked, "rate": 0.25 * most, "seconds": RECOVERY_S})
+    for kind in ("Scorer", "Ingress"):
+        plan = {**asked, "rate": 0.5 * most, "seconds": KILL_S}
+        with ThreadPoolExecutor(1) as pool:
+            loaded = pool.submit(load, plan)
+            time.sleep(KILL_S / 4)
+            _replica(process, kind).kill()
+            found[f"killed {kind}"] = loaded.result()
+    return found
+
+
+def _replica(server: psutil.Process, kind: str) -> psutil.Process:
+    name = f"ray::ServeReplica:mmray:{kind}"
+    children = server.children(recursive=True)
+    return next(each for each in children if "".join(each.cmdline()).startswith(name))
+
+
+def load(plan: dict[str, Any]) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, HERE / "_load.py"],
+        input=json.dumps(plan), stdout=subprocess.PIPE, text=True, check=True,
+    )  # fmt: skip
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def _memory(process: psutil.Process) -> int:
+    """MiB that the server's processes hold, of what is theirs alone."""
+    total = 0
+    for each in [process, *process.children(recursive=True)]:
+        try:
+            total += each.memory_full_info().uss
+        except psutil.Error:  # it ended
+            continue
+    return total >> 20
+
+
+@contextmanager
+def server(arm: str, bundle: Path) -> Iterator[tuple[psutil.Process, int]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command: list[Any] = [sys.executable, HERE / "_servers.py", arm, bundle, str(port)]
+    path = "/docs"
+    if arm == "mmray":
+        command = [sys.executable, "-m", "mmray", "serve", bundle, "--port", str(port)]
+        command += ["--replicas", str(CORES)]
+        path = "/readyz"
+    environment = {**os.environ, "RAY_ADDRESS": "local"}
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command, env=environment, stdout=said, stderr=said, start_new_session=True
+        )
+        try:
+            _wait(process, f"http://127.0.0.1:{port}{path}", said)
+            yield psutil.Process(process.pid), port
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], url: str, said: Any) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:  # our own server's
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    said.seek(0)
+    raise SystemExit(f"no server at {url}:\n{said.read()[-3000:]}")
+
+
+# --- what comes out ------------------------------------------------------------------------------
+
+
+def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
+    def worst(values: list[float | None], pick: Any) -> float | None:
+        known = [value for value in values if value is not None]
+        return round(pick(known), 3) if known else None
+
+    def over(arm: str) -> list[float | None]:
+        return [c["mmray"]["rate"] / c[arm]["rate"] if arm in c and "mmray" in c else None
+                for c in cases]  # fmt: skip
+
+    def added(case: dict[str, Any]) -> float | None:
+        if "mmray" not in case or "predictor" not in case:
+            return None
+        return float(case["mmray"]["light"]["ms"]["p50"] - case["predictor"]["alone_ms"])
+
+    def kept(case: dict[str, Any]) -> float | None:
+        found = case.get("mmray", {}).get("overload")
+        return None if found is None else found["goodput"] / case["mmray"]["rate"]
+
+    return {
+        "benchmark": "serve_load",
+        "cores": CORES,
+        "saturation_over_predictor": worst(over("predictor"), min),
+        "saturation_over_fastapi": worst(over("fastapi"), min),
+        "saturation_over_litserve": worst(over("litserve"), min),
+        "overload_goodput": worst([kept(case) for case in cases], min),
+        "added_p50_ms": worst([added(case) for case in cases], max),
+        "cases": cases,
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    lines = []
+    for case in result["cases"]:
+        lines.append(f"\n{case['encoder']}, pictures of {case['kb']} KB")
+        lines += [f"  {arm:10}{case[arm]['rate']:8.1f} rows/s" for arm in ARMS if arm in case]
+        if "predictor" in case:
+            lines.append(f"  one pair alone in a Predictor: {case['predictor']['alone_ms']:.1f} ms")
+        if "mmray" in case:
+            lines += _loads(case["mmray"])
+    names = [name for name in result if name not in ("benchmark", "cores", "cases")]
+    return "\n".join([*lines, "", *(f"{name}: {result[name]}" for name in names)])
+
+
+def _loads(found: dict[str, Any]) -> list[str]:
+    named = {"10%": found["light"], **found["loads"]}
+    more = ("overload", "recovery", "killed Scorer", "killed Ingress")
+    named |= {k: found[k] for k in more if k in found}
+    lines = [f"  {'load':15}{'sent':>7}{'per s':>8}{'p50':>8}{'p95':>8}{'p99 ms':>8}  statuses"]
+    for name, row in named.items():
+        ms = [row["ms"].get(p, float("nan")) for p in ("p50", "p95", "p99")]
+        ends = "".join(f"{value:8.1f}" for value in ms)
+        lines.append(f"  {name:15}{row['sent']:7}{row['goodput']:8.1f}{ends}  {row['statuses']}")
+    if "overload" in found:
+        refused, (before, after) = found["overload"]["refused_ms"], found["memory_mib"]
+        lines.append(f"  refused under overload after {refused} ms; {before} -> {after} MiB")
+    return lines
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What is between HTTP and a Predictor, in plain Python: requests, answers, the application."""

@@ -1,0 +1,290 @@
+"""The application: HTTP -> samples -> a backend -> answers. Knows no Ray.
+
+A backend is whatever scores samples: in a cluster the replicas of ``engine.replicas``, in a test a
+Predictor. Every refusal leaves as a problem (RFC 9457); of a request only its id, sizes, the status
+and the reason are logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import math
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Protocol
+from uuid import uuid4
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mmray import __version__
+from mmray.archive.rows import Sample
+from mmray.errors import BadRow, MmrayError, RunError
+from mmray.serving import bodies, pages, schema
+from mmray.serving.answers import PROBLEM, Busy, Outcome, Refused, Result
+from mmray.serving.settings import ServeConfig
+
+log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """What scores the samples of a request."""
+
+    @property
+    def card(self) -> Mapping[str, Any]: ...
+
+    @property
+    def examples(self) -> Sequence[Mapping[str, Any]]: ...
+
+    async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
+        """One outcome a sample, in order. Raises Busy, and RunError when the model fails."""
+
+    async def check(self) -> Mapping[str, Any]:
+        """What the golden pairs say; raises MmrayError when nobody here scores them right."""
+
+
+@dataclass(slots=True)
+class _Server:
+    """The handlers of one application, and what they share."""
+
+    backend: Backend
+    cfg: ServeConfig
+    token: bytes | None  # sha256
+    ongoing: int = 0  # requests that are scored
+    held: int = 0  # bytes of their bodies
+
+    # --- scoring ---------------------------------------------------------------------------------
+
+    async def score(self, request: Request) -> Response:
+        return await self._scored(request, self.cfg.limits.body_bytes, self._one)
+
+    async def score_batch(self, request: Request) -> Response:
+        return await self._scored(request, self.cfg.limits.batch_bytes, self._several)
+
+    async def _scored(
+        self,
+        request: Request,
+        most_bytes: int,
+        answer: Callable[[bytes, str], Awaitable[dict[str, Any]]],
+    ) -> Response:
+        """One request within its deadline, or refused at once where too many are in work."""
+        began = time.perf_counter()
+        self._check_headers(request)
+        self._check_token(request)
+        if self.ongoing >= self.cfg.decode.max_ongoing:
+            raise self._busy()
+        self.ongoing += 1
+        try:
+            async with asyncio.timeout(self.cfg.deadlines.request_s):
+                body = await self._body(request, most_bytes)
+                found = await answer(body, request.headers.get("content-type", ""))
+        except TimeoutError:
+            raise Refused(
+                504, "too slow", f"no answer within {self.cfg.deadlines.request_s:g} s"
+            ) from None
+        except Busy:
+            raise self._busy() from None
+        except RunError:
+            log.exception("the model failed")
+            raise Refused(500, "the model failed") from None
+        finally:
+            self.ongoing -= 1
+            self.held -= getattr(request.state, "bytes", 0)
+        found |= {"seconds": round(time.perf_counter() - began, 6), "request_id": _id(request)}
+        return JSONResponse(found)
+
+    async def _one(self, body: bytes, content_type: str) -> dict[str, Any]:
+        sample = await asyncio.to_thread(bodies.one, body, content_type, self.cfg.limits)
+        (outcome,) = await self.backend.score([sample])
+        if isinstance(outcome, BadRow):
+            raise Refused.of_row(outcome)
+        return outcome.encode()
+
+    async def _several(self, body: bytes, content_type: str) -> dict[str, Any]:
+        items = await asyncio.to_thread(bodies.several, body, content_type, self.cfg.limits)
+        samples = [item for item in items if isinstance(item, Sample)]
+        scored = iter(await self.backend.score(samples) if samples else [])
+        results = [next(scored) if isinstance(item, Sample) else item for item in items]
+        return {"results": [_entry(result) for result in results]}
+
+    async def _body(self, request: Request, most: int) -> bytes:
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise Refused(415, "content encoding not supported", "send the body as it is")
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > most:
+            raise _too_large(int(declared), most)
+        body = bytearray()
+        seconds = self.cfg.deadlines.body_s
+        try:
+            async with asyncio.timeout(seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    self.held += len(chunk)
+                    request.state.bytes = len(body)
+                    if len(body) > most:
+                        raise _too_large(len(body), most)
+                    if self.held > self.cfg.limits.held_bytes:
+                        raise Busy("too many bytes in work")
+        except TimeoutError:
+            raise Refused(
+                408, "body too slow", f"not all there after {seconds:g} s", Connection="close"
+            ) from None
+        except ClientDisconnect:
+            raise Refused(400, "body cut", "the connection ended before the body did") from None
+        return bytes(body)
+
+    def _busy(self) -> Refused:
+        wait = self.cfg.deadlines.retry_after_s
+        return Refused(503, "too busy", f"try again in {wait} s", Retry_After=str(wait))
+
+    # --- about the server ------------------------------------------------------------------------
+
+    async def model(self, request: Request) -> Response:
+        self._check_token(request)
+        return JSONResponse(self.backend.card)
+
+    async def examples(self, request: Request) -> Response:
+        self._check_token(request)
+        return JSONResponse({"examples": self.backend.examples})
+
+    async def live(self, _request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self, _request: Request) -> Response:
+        wait = str(self.cfg.deadlines.retry_after_s)
+        try:
+            async with asyncio.timeout(self.cfg.deadlines.request_s):
+                return JSONResponse({"status": "ready", **await self.backend.check()})
+        except (TimeoutError, MmrayError):
+            raise Refused(503, "not ready", Retry_After=wait) from None
+
+    def _check_headers(self, request: Request) -> None:
+        size = sum(len(name) + len(value) for name, value in request.headers.raw)
+        most = self.cfg.limits.header_bytes
+        if size > most:
+            raise Refused(431, "headers too large", f"{size} bytes, cap {most}", Connection="close")
+
+    def _check_token(self, request: Request) -> None:
+        if self.token is None:
+            return
+        scheme, _, shown = request.headers.get("authorization", "").partition(" ")
+        digest = hashlib.sha256(shown.strip().encode("utf-8", "replace")).digest()
+        if not hmac.compare_digest(digest, self.token) or scheme.lower() != "bearer":
+            raise Refused(401, "no valid token", WWW_Authenticate="Bearer")
+
+
+def _entry(result: Outcome | Refused) -> dict[str, Any]:
+    if isinstance(result, Result):
+        return result.encode()
+    refused = Refused.of_row(result) if isinstance(result, BadRow) else result
+    return {"error": refused.problem()}
+
+
+def _too_large(size: int, most: int) -> Refused:
+    return Refused(413, "body too large", f"{size} bytes, cap {most}", Connection="close")
+
+
+# --- what every answer goes through --------------------------------------------------------------
+
+
+def _id(request: Request) -> str:
+    """The request's id: the caller's ``X-Request-ID`` where it is a plain one, or a new one."""
+    known: str | None = getattr(request.state, "id", None)
+    if known is None:
+        asked = request.headers.get("x-request-id", "")
+        plain = 0 < len(asked) <= 64 and asked.isascii() and asked.replace("-", "").isalnum()
+        known = request.state.id = asked if plain else uuid4().hex
+    return known
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused)
+    request.state.reason = error.reason
+    return JSONResponse(error.problem(_id(request)), error.status, error.headers, PROBLEM)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router, as problems."""
+    assert isinstance(error, HTTPException)
+    phrase = HTTPStatus(error.status_code).phrase.lower()
+    headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
+    return await _refused(request, Refused(error.status_code, phrase, **headers))
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """A bug of ours: what and where is for the log, without its text, which may quote a request."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = type(error).__name__
+    log.error("unexpected %s in %s:%s in request %s", what, where.name, where.lineno, _id(request))
+    return await _refused(request, Refused(500, "unexpected error"))
+
+
+#: Is told of every request, when it is over: path as routed, status, seconds.
+Observer = Callable[[str, int, float], None]
+
+
+class _Logged:
+    """One line a request: id, method, path as routed, status, reason, bytes, milliseconds."""
+
+    def __init__(self, app: ASGIApp, observe: Observer) -> None:
+        self.app, self.observe = app, observe
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request, began, status = Request(scope), time.perf_counter(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception as error:  # answered; further out, its text would be logged
+            if status:
+                raise  # the answer has begun
+            await (await _failed(request, error))(scope, receive, sending)
+        finally:
+            path, seconds = getattr(scope.get("route"), "path", "-"), time.perf_counter() - began
+            self.observe(path, status, seconds)
+            log.info(
+                "%s %s %s %d %s %d bytes %d ms",
+                _id(request),
+                "-" if path == "-" else scope["method"],
+                path,
+                status,
+                getattr(request.state, "reason", "ok"),
+                getattr(request.state, "bytes", 0),
+                math.ceil(seconds * 1000),
+            )
+
+
+def build(
+    backend: Backend,
+    cfg: ServeConfig,
+    token: bytes | None,
+    observe: Observer = lambda path, status, seconds: None,
+) -> FastAPI:
+    """The application over ``backend``; ``token`` as of ``settings.token_of``."""
+    server = _Server(backend, cfg, token)
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it quotes what it reads
+    app = FastAPI(
+        title="mmray", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+    )
+    schema.add_routes(app, server, backend.card, needs_token=token is not None)
+    pages.add_routes(app)
+    app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(_Logged, observe=observe)
+    return app

@@ -1,0 +1,247 @@
+"""Request bodies -> samples: multipart, JSON and NDJSON; decode, without a server.
+
+Whatever cannot be read raises Refused, or, for one pair of several, stands in its place. Nothing is
+fetched from anywhere: a picture is in the request, or there is none.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from python_multipart import MultipartParser
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartState, parse_options_header
+
+from mmray.archive.rows import Sample
+from mmray.serving.answers import Refused
+from mmray.serving.settings import Limits
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+JSON, FORM = "application/json", "multipart/form-data"
+NDJSON = ("application/x-ndjson", "application/ndjson", "application/jsonl")
+FIELDS = ("image", "caption")
+MAX_PARTS = 8
+MARKS = 8  # of JSON around a pair: brackets, commas
+NOT_UTF8 = "caption not UTF-8"
+
+Item = Sample | Refused
+
+
+def one(body: bytes, content_type: str, limits: Limits) -> Sample:
+    """The pair in the body of a request with one. Raises Refused: 400, 413, 415 or 422."""
+    kind, options = _content_type(content_type)
+    if kind == FORM:
+        return _sample(_form(body, options), 0, limits)
+    if kind == JSON:
+        return _sample(_pair(_json(body, limits)), 0, limits)
+    raise _unknown(content_type, (FORM, JSON))
+
+
+def several(body: bytes, content_type: str, limits: Limits) -> list[Item]:
+    """The pairs in the body of a request with several; what is wrong with one is in its place.
+
+    Raises Refused for a body that is no list at all, is empty or holds too many.
+    """
+    kind, _ = _content_type(content_type)
+    if kind == JSON:
+        items = _json(body, limits, limits.batch_items)
+        if not isinstance(items, list):
+            raise Refused(422, "not a list", f"got {_kind(items)}; a list of pairs")
+    elif kind in NDJSON:
+        lines = body.count(b"\n")
+        if lines > 2 * limits.batch_items:  # some may be empty
+            raise Refused(413, "too many pairs", f"{lines} lines; at most {limits.batch_items}")
+        items = [line for line in body.split(b"\n") if line.strip()]
+    else:
+        raise _unknown(content_type, (JSON, *NDJSON))
+    if not items:
+        raise Refused(422, "no pairs", "the list is empty")
+    if len(items) > limits.batch_items:
+        raise Refused(413, "too many pairs", f"got {len(items)}; at most {limits.batch_items}")
+    found: list[Item] = []
+    for i, item in enumerate(items):
+        try:
+            tree = _json(item, limits) if isinstance(item, bytes) else item
+            found.append(_sample(_pair(tree), i, limits))
+        except Refused as refused:
+            found.append(refused)
+    return found
+
+
+# --- a pair --------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Given:
+    """What a request gives for a pair, as bytes where it came as bytes."""
+
+    image: bytes | None = None
+    caption: str | bytes | None = None
+
+
+def _sample(given: _Given, row: int, limits: Limits) -> Sample:
+    caption, error = given.caption, None
+    if isinstance(caption, bytes):
+        try:
+            caption = caption.decode()
+        except UnicodeDecodeError as wrong:
+            caption, error = None, f"{NOT_UTF8}: {wrong.reason} at position {wrong.start}"
+    if caption is not None and len(caption) > limits.caption_chars:
+        raise Refused(
+            413, "caption too long", f"{len(caption)} characters, cap {limits.caption_chars}"
+        )
+    stage = None if error is None else "caption"
+    return Sample("request", row, str(row), given.image, caption, error=error, error_stage=stage)
+
+
+def _pair(tree: Any) -> _Given:
+    """A JSON object's pair."""
+    if not isinstance(tree, dict):
+        raise Refused(
+            422, "not a pair", f"got {_kind(tree)}; an object with {' and '.join(FIELDS)}"
+        )
+    _check_names(tree)
+    for name in FIELDS:
+        if not isinstance(tree.get(name), (str, type(None))):
+            raise Refused(422, f"{name} not text", f"got {_kind(tree[name])}")
+    text = tree.get("image")
+    if text is None:
+        return _Given(None, tree.get("caption"))
+    try:
+        image = base64.b64decode(text.encode("ascii"), validate=True)
+    except (binascii.Error, UnicodeEncodeError):
+        raise Refused(
+            422, "image not base64", "a picture in JSON is its bytes in base64 (RFC 4648, 4)"
+        ) from None
+    return _Given(image, tree.get("caption"))
+
+
+def _check_names(found: Any) -> None:
+    for name in found:
+        if name not in FIELDS:
+            raise Refused(
+                422,
+                "unknown field",
+                f"got {str(name)[:40]!r}; a pair has {' and '.join(FIELDS)}, and no URL is fetched",
+            )
+
+
+def _json(body: bytes, limits: Limits, pairs: int = 1) -> Any:
+    """What ``body`` says; nothing is built for one that says more than ``pairs`` pairs can."""
+    most = pairs * (limits.caption_chars + MARKS)
+    if sum(map(body.count, (b"[", b"{", b","))) > most:
+        raise Refused(413, "too many values", f"no {pairs} pairs have more than {most}")
+    try:
+        return json.loads(body.decode())
+    except UnicodeDecodeError as error:
+        raise Refused(400, "body not UTF-8", f"{error.reason} at {error.start}") from None
+    except RecursionError:
+        raise Refused(400, "body not JSON", "nested too deep") from None
+    except ValueError as error:
+        raise Refused(400, "body not JSON", str(error)[:100]) from None
+
+
+def _kind(tree: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", type(None): "null", bool: "a boolean"}
+    return names.get(type(tree), "a number")
+
+
+# --- multipart (RFC 7578) ------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Part:
+    headers: dict[bytes, bytes] = field(default_factory=dict)
+    data: bytearray = field(default_factory=bytearray)
+
+    def name_and_file(self) -> tuple[str, bool]:
+        _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
+        if b"name" not in options:
+            raise Refused(400, "body not multipart", "a part without a name")
+        return options[b"name"].decode("utf-8", "replace"), b"filename" in options
+
+
+class _Parts:
+    """The parts of a body, in memory; python-multipart calls back."""
+
+    def __init__(self) -> None:
+        self.found: list[_Part] = []
+        self._name = b""
+        self._value = b""
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {
+            "on_part_begin": self.on_part_begin,
+            "on_header_field": self.on_header_field,
+            "on_header_value": self.on_header_value,
+            "on_header_end": self.on_header_end,
+            "on_part_data": self.on_part_data,
+        }
+
+    def on_part_begin(self) -> None:
+        if len(self.found) == MAX_PARTS:
+            raise Refused(413, "too many parts", f"more than {MAX_PARTS}")
+        self.found.append(_Part())
+
+    def on_header_field(self, data: bytes, start: int, end: int) -> None:
+        self._name += data[start:end]
+
+    def on_header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def on_header_end(self) -> None:
+        self.found[-1].headers[self._name.lower()] = self._value
+        self._name = self._value = b""
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        self.found[-1].data += memoryview(data)[start:end]
+
+
+def _form(body: bytes, options: dict[bytes, bytes]) -> _Given:
+    if not options.get(b"boundary"):
+        raise Refused(400, "body not multipart", "its Content-Type names no boundary")
+    parts = _Parts()
+    try:
+        parser = MultipartParser(options[b"boundary"], parts.callbacks())
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise Refused(400, "body not multipart", str(error)[:100]) from None
+    if parser.state is not MultipartState.END:
+        raise Refused(400, "body not multipart", "it ends before its closing boundary")
+    given = _Given()
+    for name, is_file, data in _named(parts):
+        if name == "image" and not is_file:
+            raise Refused(422, "image not a file", "give the part image a filename")
+        if getattr(given, name) is not None:
+            raise Refused(422, f"two parts {name}", "a pair has one")
+        setattr(given, name, data)
+    return given
+
+
+def _named(parts: _Parts) -> Iterator[tuple[str, bool, bytes]]:
+    for part in parts.found:
+        name, is_file = part.name_and_file()
+        _check_names([name])
+        yield name, is_file, bytes(part.data)
+
+
+# --- headers -------------------------------------------------------------------------------------
+
+
+def _content_type(header: str) -> tuple[str, dict[bytes, bytes]]:
+    kind, options = parse_options_header(header)
+    return kind.decode("latin-1"), options
+
+
+def _unknown(header: str, allowed: tuple[str, ...]) -> Refused:
+    return Refused(
+        415, "content type not supported", f"got {header[:80]!r}; send {' or '.join(allowed)}"
+    )
