@@ -62,12 +62,13 @@ class Predictor:
         self,
         bundle: Bundle,
         device: str = "auto",
-        precision: Precision = "auto",
+        precision: Precision | None = None,
         *,
         batch_size: int | None = None,
         threads: int | None = None,
     ) -> None:
-        """``device``: auto, cpu, cuda or cuda:N. ``batch_size``: rows a forward pass; None: what
+        """``device``: auto, cpu, cuda or cuda:N. ``precision``: None is what it was trained in, as
+        ``train.precision`` had it. ``batch_size``: rows a forward pass; None: what
         suits the device, and its memory. ``threads``: of torch, in the whole process; None: as
         they are.
 
@@ -76,7 +77,9 @@ class Predictor:
         if threads is not None:
             torch.set_num_threads(threads)
         self.device = _device(device)
-        self.precision: Precision = resolve_precision(precision, self.device)
+        self.precision: Precision = resolve_precision(
+            precision or bundle.training.train.precision, self.device
+        )
         self.batch_size = batch_size or (GPU_BATCH if self.device.type == "cuda" else CPU_BATCH)
         self.labels = bundle.labels
         self._several = bundle.task == "multilabel"

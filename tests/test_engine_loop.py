@@ -155,7 +155,7 @@ def test_uneven_shares_weigh_every_row_the_same(
     blocks: list[pa.Table], preprocessor: Preprocessor, tmp_path: Path
 ) -> None:
     """The mean of the ranks' gradients, as DDP takes it, is that of the whole step."""
-    cfg = config(tmp_path, grad_clip=None)
+    cfg = config(tmp_path, grad_clip=None, precision="float32")
     spec = spec_for(cfg, preprocessor).model_copy(
         update={"config": cfg.model.model_copy(update={"dropout": 0.0})}
     )

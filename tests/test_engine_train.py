@@ -97,9 +97,9 @@ def config(archive: object, out: object, **keys: Any) -> TrainConfig:
 
 def steady(archive: object, out: object, backbone: Path, **keys: Any) -> TrainConfig:
     """A config whose outcome does not depend on the number of workers: no batch norm that learns,
-    no dropout."""
+    no dropout, no bf16."""
     image = {"model__image__weights": str(backbone), "model__image__freeze": True}
-    return config(archive, out, **image, **keys)
+    return config(archive, out, train__precision="float32", **image, **keys)
 
 
 def losses(result: TrainResult) -> list[float]:

@@ -77,7 +77,9 @@ def opinionated(modalities: Modalities = "both", missing: bool = False) -> Bundl
         state_dict=model.state_dict(),
         tokenizer=tokenizer if text else None,
         metrics={},
-        training=bundles.Training(data=Data(archive="none"), seed=0, train=Train(), split={}),
+        training=bundles.Training(
+            data=Data(archive="none"), seed=0, train=Train(precision="float32"), split={}
+        ),
     )
 
 
@@ -429,6 +431,14 @@ def other_preprocessing(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 class TestGolden:
+    def test_a_bundle_scores_in_what_it_was_trained_in_wherever_it_is(self, made: Bundle) -> None:
+        """So that figures of the training hold in a batch job and online."""
+        for trained in ("bf16", "float32"):
+            train = made.training.train.model_copy(update={"precision": trained})
+            bundle = replace(made, training=made.training.model_copy(update={"train": train}))
+            assert Predictor(bundle, "cpu").precision == trained
+            assert Predictor(bundle, "cpu", "float32").precision == "float32"
+
     def test_a_sound_bundle_passes_in_every_precision(self, made: Bundle) -> None:
         assert Predictor(made, "cpu", "float32").check_golden() <= 1e-5
         assert made.golden is not None

@@ -139,7 +139,9 @@ def bundle(uri: str, seed: int = 0, size: int = 32, **model: Any) -> str:
         state_dict=build_model(spec).state_dict(),
         tokenizer=tokenizer,
         metrics={},
-        training=bundles.Training(data=Data(archive="none"), seed=seed, train=Train(), split={}),
+        training=bundles.Training(
+            data=Data(archive="none"), seed=seed, train=Train(precision="float32"), split={}
+        ),
     )
     samples = [Sample("golden", i, str(i), jpeg(i), caption(i)) for i in range(4)]
     made.save(uri, golden=golden_table(made, samples))
