@@ -78,6 +78,7 @@ def collate(prepared: Sequence[Prepared], labels: Sequence[int] | None = None) -
     elif pixels_CHW:
         pictured = torch.tensor([row.pixels is not None for row in prepared])
         pixels = torch.zeros(len(prepared), *pixels_CHW[0].shape, dtype=torch.uint8)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
         pixels[pictured] = torch.from_numpy(np.stack(pixels_CHW))
     if tokens_L:
         lengths = np.array([0 if row.tokens is None else len(row.tokens) for row in prepared])

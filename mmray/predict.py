@@ -28,7 +28,8 @@ from mmray.model.speed import for_inference
 from mmray.objective import probabilities
 from mmray.preprocess import Prepared, fault
 
-CPU_BATCH, GPU_BATCH = 16, 256  # rows; on a CPU, larger batches leave its caches
+#: Rows; on a CPU, larger batches leave its caches.
+CPU_BATCH, CPU_BATCH_BF16, GPU_BATCH = 16, 32, 256
 
 Floats = npt.NDArray[np.float32]
 
@@ -80,7 +81,10 @@ class Predictor:
         self.precision: Precision = resolve_precision(
             precision or bundle.training.train.precision, self.device
         )
-        self.batch_size = batch_size or (GPU_BATCH if self.device.type == "cuda" else CPU_BATCH)
+        bf16 = self.precision == "bf16"
+        if batch_size is None and self.device.type == "cuda":
+            batch_size = GPU_BATCH
+        self.batch_size = batch_size or (CPU_BATCH_BF16 if bf16 else CPU_BATCH)
         self.labels = bundle.labels
         self._several = bundle.task == "multilabel"
         self._separator = bundle.training.data.label_separator
@@ -88,7 +92,7 @@ class Predictor:
         self.embedding_dim = bundle.spec.config.hidden
         self.golden = bundle.golden
         self.preprocessor = bundle.build_preprocessor()
-        self._model = for_inference(bundle.build_model()).to(self.device)
+        self._model = for_inference(bundle.build_model(), bf16=bf16).to(self.device)
         self._model.to(memory_format=torch.channels_last)
         if self.device.type == "cpu":
             keep_freed_memory()

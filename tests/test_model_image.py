@@ -73,6 +73,8 @@ def test_normalize_from_bytes(name: str) -> None:
         want = {"symmetric": x.double() / 127.5 - 1, "unit": unit}[name]
     assert got.dtype == torch.float32
     assert got.is_contiguous(memory_format=torch.channels_last)
+    lying_otherwise = x.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(image.Normalize(name)(lying_otherwise), got)
     torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=1e-5)
     assert not image.Normalize(name).state_dict()  # decided by config, so not among the weights
 

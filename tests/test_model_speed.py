@@ -42,6 +42,23 @@ def test_folding_leaves_no_batch_norm_and_the_same_features(encoder: str) -> Non
     torch.testing.assert_close(embedding_after, embedding, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("encoder", ["mobilenet_v3_small", "convnext_tiny", "swin_t", "vit_b_16"])
+def test_weights_rounded_beforehand_give_what_autocast_gives_to_the_bit(encoder: str) -> None:
+    torch.manual_seed(0)
+    cfg = Model(image=ImageModel(encoder=encoder), text=TextModel(encoder="transformer", dim=32))
+    spec = make_spec(cfg, num_classes=3, vocab_size=10, pad_id=0, max_tokens=8, image_size=64)
+    model = build_model(spec)
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens, mask = torch.randint(1, 10, (2, 5)), torch.ones(2, 5, dtype=torch.bool)
+    scores = []
+    for prepared in (for_inference(model), for_inference(model, bf16=True)):
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            scores.append(prepared(pixels, tokens, mask))
+    assert any(p.dtype == torch.bfloat16 for p in model.parameters())
+    for before, after in zip(*scores, strict=True):
+        assert torch.equal(before, after)
+
+
 def test_a_convolution_that_others_read_too_keeps_its_batch_norm() -> None:
     class Forked(nn.Module):
         def __init__(self) -> None:

@@ -84,7 +84,10 @@ class Decoder:
 
 
 def _packed(prepared: Sequence[Prepared | None]) -> pa.StructArray:
-    pixels = [None if p is None or p.pixels is None else p.pixels.tobytes() for p in prepared]
+    pixels = [
+        None if p is None or p.pixels is None else p.pixels.transpose(1, 2, 0).tobytes()
+        for p in prepared
+    ]
     tokens = [None if p is None else p.tokens for p in prepared]
     arrays = [pa.array(pixels, pa.large_binary()), pa.array(tokens, pa.list_(pa.int32()))]
     mask = pa.array([p is None for p in prepared])
@@ -108,6 +111,6 @@ def _unpacked(packed: pa.StructArray) -> list[Prepared | None]:
         if row["pixels"].is_valid:
             flat = np.frombuffer(row["pixels"].as_buffer(), np.uint8)
             side = math.isqrt(len(flat) // 3)
-            pixels = flat.reshape(3, side, side)
+            pixels = flat.reshape(side, side, 3).transpose(2, 0, 1)
         found.append(Prepared(pixels, None if tokens is None else tokens.to_numpy()))
     return found

@@ -89,9 +89,10 @@ class Plan:
         return int(self._table.num_rows)
 
     def strips(self, readers: int) -> list[Strip]:
-        """The pieces dealt, largest shard first, into strips: several a reader, and small ones, as
-        a reader that dies reads its strip again from the beginning."""
-        count = max(math.ceil(len(self) / STRIP_PIECES), min(len(self), readers * 8))
+        """The pieces dealt, largest shard first, into strips: as few as there are readers, as Ray
+        ends a worker that waits for its next task, and starting another takes seconds of a core;
+        but small ones, as a reader that dies reads its strip again from the beginning."""
+        count = max(math.ceil(len(self) / STRIP_PIECES), min(len(self), readers))
         largest_first = np.argsort(-self._table.column("size").to_numpy(), kind="stable")
         return [Strip(self._table.take(largest_first[first::count])) for first in range(count)]
 

@@ -256,8 +256,9 @@ def _table(
     none = np.zeros(0, np.int32)
     tokens = [none if row.tokens is None else row.tokens for row in ready]
     if pixels:
-        packed = np.zeros((len(ready), *pixels[0].shape), np.uint8)
-        packed[pictured] = pixels
+        in_memory = [row.transpose(1, 2, 0) for row in pixels]
+        packed = np.zeros((len(ready), *in_memory[0].shape), np.uint8)
+        packed[pictured] = in_memory
         kind = pa.binary(packed[0].nbytes)
         columns[PIXELS] = pa.FixedSizeBinaryArray.from_buffers(
             kind, len(packed), [None, pa.py_buffer(packed)]
@@ -382,7 +383,8 @@ class _Chunk:
         if PIXELS in table.column_names:
             column = table[PIXELS].chunk(0)
             flat = np.frombuffer(column.buffers()[1], np.uint8)
-            self._pixels = flat.reshape(len(column), 3, image_size, image_size)
+            shape = len(column), image_size, image_size, 3
+            self._pixels = flat.reshape(shape).transpose(0, 3, 1, 2)
         if "tokens" in table.column_names:
             column = table["tokens"].chunk(0)
             self._tokens = column.values.to_numpy()

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from mmray.model.fusion_model import FusionModel
 
 
-def for_inference(model: FusionModel) -> FusionModel:
-    """``model`` in evaluation mode, its picture encoder's batch norms folded away, in place."""
+def for_inference(model: FusionModel, *, bf16: bool = False) -> FusionModel:
+    """``model`` in evaluation mode, its picture encoder's batch norms folded away, in place.
+
+    ``bf16``: it will run under bfloat16 autocast.
+    """
     model.eval().requires_grad_(False)
     if model.image is not None:
         fold_batch_norms(model.image.net)
+    if bf16:
+        round_weights(model)
     return model
+
+
+def round_weights(model: nn.Module) -> None:
+    """Keep what autocast would round to bfloat16 in every batch so, in place; it keeps no rounded
+    weights where no gradient is asked for. What is computed stays the same to the bit."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            module.to(torch.bfloat16)
 
 
 def fold_batch_norms(net: nn.Module) -> int:

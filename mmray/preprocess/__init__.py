@@ -33,7 +33,8 @@ PREPROCESS_VERSION = 1
 class Prepared:
     """One pair, ready for the model; what the model does not use, or does without, is None.
 
-    ``pixels``: uint8 [3, H, W]. ``tokens``: int32 [L], 1 <= L <= max_tokens, not padded.
+    ``pixels``: uint8 [3, H, W], lying in memory as [H, W, 3]. ``tokens``: int32 [L],
+    1 <= L <= max_tokens, not padded.
     """
 
     pixels: np.ndarray | None

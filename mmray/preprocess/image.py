@@ -101,7 +101,8 @@ OVERSAMPLING = 4
 
 
 def decode_image(data: bytes, cfg: ImagePreprocess) -> np.ndarray:
-    """The picture in ``data``: uint8 [3, size, size] (CHW), RGB, 0 to 255, C-contiguous.
+    """The picture in ``data``: uint8 [3, size, size] (CHW), RGB, 0 to 255, a view of memory that
+    lies as [size, size, 3]: so decoders give pictures, and so convolutions take them fastest.
 
     Upright (EXIF or XMP orientation applied), transparency over white, the first frame of
     several, more than 8 bits brought down to 8 (see ``_eight_bit``). The same bytes give the same
@@ -134,7 +135,7 @@ def _decode(data: bytes, cfg: ImagePreprocess) -> np.ndarray:
         return pixels_chw
     # The target is square and the crop symmetric: turning the small picture is turning the large.
     upright = Image.fromarray(pixels_chw.transpose(1, 2, 0)).transpose(turn)
-    return np.ascontiguousarray(np.asarray(upright).transpose(2, 0, 1))
+    return np.array(upright).transpose(2, 0, 1)
 
 
 # --- header --------------------------------------------------------------------------------------
@@ -270,15 +271,16 @@ def _eight_bit(image: Image.Image) -> np.ndarray:
 
 
 def _resize(pixels_hwc: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [H, W, 3] -> uint8 [3, size, size], bilinear with antialiasing."""
+    """uint8 [H, W, 3] -> uint8 [3, size, size] in the same memory order, bilinear with
+    antialiasing."""
     import torch  # here, because most of what imports this module never decodes
 
-    stored = torch.from_numpy(pixels_hwc).permute(2, 0, 1)[None]
+    stored = torch.from_numpy(pixels_hwc)[None].permute(0, 3, 1, 2)
     resized = torch.nn.functional.interpolate(
         stored, (size, size), mode="bilinear", antialias=True, align_corners=False
     )
-    result: np.ndarray = resized[0].contiguous().numpy()
-    return result
+    in_order: np.ndarray = resized[0].permute(1, 2, 0).contiguous().numpy()
+    return in_order.transpose(2, 0, 1)
 
 
 # --- errors --------------------------------------------------------------------------------------
