@@ -39,6 +39,7 @@ COMMITS_IN_FLIGHT = 64
 CPUS_A_COMMITTER = 64
 STALLED_PASSES = 3
 LAST_COMMITS_S = 30.0
+STAGES = ("read", "decode", "predict", "write")  # whose seconds a receipt has
 
 
 @dataclass(slots=True)
@@ -109,7 +110,9 @@ class Job(ABC):
     # --- passes --------------------------------------------------------------------------------
 
     def run_to_end(self) -> None:
+        self.meter.step("plan")
         resources = cluster.connect()
+        self.meter.step("ray")
         pace.share()
         # Before the first shard ends, or commits would queue up behind their start.
         count = 1 + resources.cpus // CPUS_A_COMMITTER
@@ -252,8 +255,16 @@ class Job(ABC):
         meter = self.meter
         size = min(receipt["bytes"], shard.size - shard.bytes)
         shard.bytes += size
+        if meter.first_rows_s is None:
+            meter.step("workers")
+            # What was done to the first rows is known; all before it was starting workers.
+            work = sum(receipt[f"{stage}_s"] for stage in STAGES)
+            meter.start["workers"] -= work
+            meter.step("first rows")
+            steps = "  ".join(f"{step} {seconds:.1f}s" for step, seconds in meter.start.items())
+            self._console.say(f"first rows after {meter.seconds:.1f}s: {steps}")
         meter.take(count, receipt["set_aside"], size)
-        for stage in ("read", "decode", "predict", "write"):
+        for stage in STAGES:
             meter.spend(stage, receipt[f"{stage}_s"])
         budget = self._options.max_errors
         if budget is not None and meter.rows >= 100 and meter.set_aside > budget * meter.rows:

@@ -6,6 +6,7 @@ command left. A run's only state is the files in OUT.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,10 +41,11 @@ def score(
     OUT belongs to another run, StorageError when storage refuses, RunError past the error budget.
     """
     bundle, archive, out = map(storage.absolute, (bundle, archive, out))
+    began = time.monotonic()
     COUNTS.take()  # an earlier command's
     manifest = read_manifest(bundle)
     with Lease(out, console.say) as lease:
-        return _score(bundle, manifest, archive, out, options, console, lease)
+        return _score(bundle, manifest, archive, out, options, console, lease, began)
 
 
 def _score(
@@ -54,6 +56,7 @@ def _score(
     options: ScoreOptions,
     console: Console,
     lease: Lease,
+    began: float,
 ) -> dict[str, Any]:
     asked = what_is_asked(bundle, manifest, archive, options)
     run, resumed = open_run(out, asked)
@@ -66,7 +69,7 @@ def _score(
     before = run.targets.among(done)
     todo = run.targets.among(asked.targets.paths) & ~before
     del asked, done
-    job = _Scoring(out, run, todo, options, console, lease)
+    job = _Scoring(out, run, todo, options, console, lease, began)
     console.say(
         f"scoring {todo.sum():,} shards of {archive} with {run.fingerprint[:12]} into {out}"
     )
@@ -94,6 +97,7 @@ class _Scoring(Job):
         options: ScoreOptions,
         console: Console,
         lease: Lease,
+        began: float,
     ) -> None:
         done = run.targets.size - run.targets.take(todo).size
         meter = Meter(
@@ -102,6 +106,7 @@ class _Scoring(Job):
             done_bytes=done,
             resumed_bytes=done,
             done_shards=len(run.targets) - int(todo.sum()),
+            started=began,
         )
         super().__init__(out, run, todo, options, console, meter, lease)
         self._take_up(ledger.covered(out))

@@ -102,6 +102,7 @@ class Meter:
     set_aside: int = 0
     resumed_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
+    start: dict[str, float] = field(default_factory=dict)  # seconds of each step to the first rows
     retries: Counter[str] = field(default_factory=Counter)  # S3 requests asked again, by cause
     started: float = field(default_factory=time.monotonic)
     first_rows_s: float | None = None  # seconds after which the first rows came back
@@ -118,6 +119,10 @@ class Meter:
 
     def spend(self, stage: str, seconds: float) -> None:
         self.stages[stage] = self.stages.get(stage, 0.0) + seconds
+
+    def step(self, name: str) -> None:
+        """All that is not in a step of the start yet was this one."""
+        self.start[name] = self.seconds - sum(self.start.values())
 
     @property
     def seconds(self) -> float:

@@ -78,8 +78,8 @@ def write_summary(out: str, run: Run, totals: Totals, meter: Meter) -> dict[str,
     """Write and return the summary of a run whose committed shards come to ``totals``.
 
     The ``meter`` of this command gives its ``seconds``, after how many of them the first rows were
-    scored, the rows a second from then on, its workers' seconds by stage, and the S3 requests that
-    were asked again, by cause.
+    scored, and by which steps (``start``), the rows a second from then on, its workers' seconds by
+    stage, and the S3 requests that were asked again, by cause.
     """
     return _write(out, totals.summary(run) | _times(meter))
 
@@ -95,7 +95,7 @@ def finished_summary(out: str, run: Run, console: Console) -> dict[str, Any]:
     totals = Totals()
     totals.read(out, run.targets.take(run.targets.among(ledger.done_shards(out))), console)
     times = {name: before.get(name) for name in TIMES} | {
-        name: before.get(name, {}) for name in ("stages", "retries")
+        name: before.get(name, {}) for name in ("start", "stages", "retries")
     }
     return _write(out, totals.summary(run) | times)
 
@@ -107,7 +107,7 @@ def _write(out: str, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-TIMES = ("seconds", "first_rows_s", "recovery_s", "rows_per_second", "stages", "retries")
+TIMES = ("seconds", "first_rows_s", "recovery_s", "rows_per_second", "start", "stages", "retries")
 
 
 def _times(meter: Meter) -> dict[str, Any]:
@@ -116,6 +116,7 @@ def _times(meter: Meter) -> dict[str, Any]:
         None if meter.first_rows_s is None else round(meter.first_rows_s, 3),
         round(meter.recovery_s, 3),
         round(meter.rate, 3),
+        {step: round(spent, 3) for step, spent in meter.start.items()},
         {stage: round(spent, 3) for stage, spent in meter.stages.items()},
         dict(meter.retries.most_common()),
     )
@@ -156,6 +157,7 @@ def render(summary: Mapping[str, Any]) -> str:
         _bars("Labels", summary["labels"], "label"),
         _bars("Set aside, by reason", summary["reasons"], "aside"),
         _bars("Worker seconds, by stage", summary["stages"], "stage"),
+        _bars("Seconds to the first rows, by step", summary["start"], "stage"),
         _bars("S3 requests asked again, by cause", summary["retries"], "aside"),
         _problems(summary["problems"]),
         "<h2>Run</h2><dl>",
