@@ -22,6 +22,12 @@ PROBABILITY = "p_"
 #: Where a row can fail: while its shard is read, its image or caption prepared, or it is scored.
 STAGES = ("read", "image", "caption", "predict")
 
+#: Reasons of rows that end, hold or fill the process that works on them: none prepares such a row
+#: again but a scoring run, which has others to spare.
+CRASHED, TOO_LONG = "decode crashed", "decode took too long"
+TOO_MUCH_MEMORY, WORKER_DIED = "decode took too much memory", "worker died"
+HARMFUL = frozenset({CRASHED, TOO_LONG, TOO_MUCH_MEMORY, WORKER_DIED})
+
 #: Default cap on the encoded bytes of one image; larger ones are set aside unread.
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 

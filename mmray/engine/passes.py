@@ -25,7 +25,7 @@ from mmray.engine import cluster, pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.dataflow import scored
 from mmray.engine.ingest import ReadOptions, running
-from mmray.engine.losses import WORKER_DIED, Losses, call_witness
+from mmray.engine.losses import Losses, call_witness
 from mmray.engine.pieces import Piece, Plan, shared
 from mmray.engine.placement import place
 from mmray.errors import MmrayError, RunError
@@ -200,7 +200,7 @@ class Job(ABC):
             stop=row + 1,
         )
         key = next((item.key for item in stream if isinstance(item, rows.Sample)), "")
-        error = f"{WORKER_DIED}: the process scoring this row ended every time it was tried"
+        error = f"{rows.WORKER_DIED}: the process scoring this row ended every time it was tried"
         aside = pa.Table.from_pylist(
             [
                 {
