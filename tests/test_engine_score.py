@@ -274,6 +274,8 @@ class TestOneRun:
         self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(dataflow, "Scorer", MortalScorer)
+        with pytest.raises(RunError, match="1 of 17 rows set aside"):
+            run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, max_errors=0.01)
         summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2)
         rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
         assert [row["key"] for row in rows if row["error"]] == [KILLER]

@@ -21,6 +21,7 @@ from mmray import ledger
 from mmray.archive import rows
 from mmray.archive.shards import read_shard
 from mmray.backoff import COUNTS
+from mmray.budget import Budget
 from mmray.engine import cluster, pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.dataflow import scored
@@ -85,6 +86,7 @@ class Job(ABC):
         self._todo = todo
         self._lease = lease
         self.meter, self.totals = meter, Totals()  # of this command, and what it committed
+        self.budget = Budget(out, options.max_errors, int(todo.sum()))
         self._parts = out  # where parts go: below PARTS there
         self._read = ReadOptions(columns=options.columns, chunk_rows=run.chunk_rows)
         self._live: dict[int, InWork] = {}
@@ -216,6 +218,7 @@ class Job(ABC):
         ledger.write_part(self._parts, source.path, row, row + 1, aside)
         shard.cover([(row, row + 1)])
         self.meter.take(1, 1, 0)
+        self.budget.take(1, 1)
 
     # --- a pass --------------------------------------------------------------------------------
 
@@ -241,6 +244,8 @@ class Job(ABC):
         if shard is None:
             shard = self._live[index] = self._open(index)
         if receipt["total"] is not None:
+            if shard.total is None and not receipt["total"] and receipt["problem"]:
+                self.budget.take(unreadable=1)
             shard.total, shard.problem = receipt["total"], receipt["problem"]
         else:
             self._count(shard, receipt)
@@ -255,13 +260,7 @@ class Job(ABC):
         meter.take(count, receipt["set_aside"], size)
         for stage in ("read", "decode", "predict", "write"):
             meter.spend(stage, receipt[f"{stage}_s"])
-        budget = self._options.max_errors
-        if budget is not None and meter.rows >= 100 and meter.set_aside > budget * meter.rows:
-            raise RunError(
-                f"{self._out}: {meter.set_aside:,} of {meter.rows:,} rows set aside, more than "
-                f"--max-errors {budget:.3%} allows; finished rows are kept, the same command "
-                "with a larger budget goes on"
-            )
+        self.budget.take(count, receipt["set_aside"])
 
     # --- commits -------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ def _retry(
         f"scored {retried['scored']:,} of {retried['rows']:,} rows tried again, set aside "
         f"{retried['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
     )
+    job.budget.check()
     return summary | {"retried": retried}
 
 
