@@ -3,7 +3,9 @@
 ``OUT/_run/lease/<n>.json`` is the lease; the highest ``n`` counts, and taking one is a conditional
 put of the next number, so two commands never both win. Its holder writes it again every few
 seconds. Whoever finds one held by a process of the same machine looks whether that lives; by
-another machine, whether it is still written. No clocks are compared.
+another machine, whether it is still written. No clocks are compared. A holder that for long
+could not write, as storage failed, takes the next number like anyone: it goes on unless another was
+faster.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from mmray.errors import ConfigError, Conflict, NotFound, RunError, StorageError
 LEASES = "_run/lease"
 RENEW_SECONDS = 10.0
 DEAD_SECONDS = 45.0  # without a renewal
+TAKEN = "another command has taken over, as this one seemed dead"
 
 
 class Lease:
@@ -36,6 +39,7 @@ class Lease:
         self._number = 0
         self._renewed = time.monotonic()
         self._problem: str | None = None
+        self._writing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
 
@@ -53,13 +57,16 @@ class Lease:
             storage.delete(self._uri(self._number))
 
     def check(self) -> None:
-        """Raise RunError when the lease is lost, so that no two commands go on for long."""
+        """Raise RunError when the lease is lost, so that no two commands go on for long.
+
+        One that is overdue is renewed here and now, for as long as storage is asked again.
+        """
         self.check_taken()
-        if time.monotonic() - self._renewed > DEAD_SECONDS:
-            raise RunError(
-                f"{self._out}: the lease of this command could not be renewed for "
-                f"{DEAD_SECONDS:.0f} s, so another may have begun; run the same command again"
-            )
+        if self._overdue():
+            with self._writing:
+                if self._overdue():  # still, after the other thread's attempt
+                    self._reclaim()
+            self.check_taken()
 
     def check_taken(self) -> None:
         """Raise RunError when another command is known to have taken over."""
@@ -79,10 +86,13 @@ class Lease:
                 storage.write_bytes(self._uri(number), self._text(), if_absent=True)
             except Conflict:
                 continue  # another was faster: look at that one
-            self._number, self._renewed = number, time.monotonic()
-            for old in numbers:
-                storage.delete(self._uri(old))
+            self._hold(number, numbers)
             return
+
+    def _hold(self, number: int, others: list[int]) -> None:
+        self._number, self._renewed = number, time.monotonic()
+        for old in others:
+            storage.delete(self._uri(old))
 
     def _wait_for_death(self, number: int, held: dict[str, Any]) -> None:
         """Return when the holder is dead or has let go; refuse when it lives."""
@@ -114,13 +124,38 @@ class Lease:
     def _keep(self) -> None:
         while not self._ended.wait(RENEW_SECONDS):
             try:
-                if max(self._numbers(), default=0) > self._number:
-                    self._problem = "another command has taken over, as this one seemed dead"
-                    return
-                storage.write_bytes(self._uri(self._number), self._text())
-                self._renewed = time.monotonic()
+                with self._writing:
+                    if not self._holds():
+                        return
+                    storage.write_bytes(self._uri(self._number), self._text())
+                    self._renewed = time.monotonic()
             except StorageError as error:
                 self._say(f"the lease of {self._out} could not be renewed, trying again: {error}")
+
+    def _overdue(self) -> bool:
+        return time.monotonic() - self._renewed > DEAD_SECONDS
+
+    def _reclaim(self) -> None:
+        """Another may be about to take over, so writing the old number would prove nothing."""
+        try:
+            if not self._holds():
+                return
+            storage.write_bytes(self._uri(self._number + 1), self._text(), if_absent=True)
+            self._hold(self._number + 1, [self._number])
+        except Conflict:
+            self._problem = TAKEN
+        except StorageError as error:
+            raise RunError(
+                f"{self._out}: the lease of this command could not be renewed for "
+                f"{time.monotonic() - self._renewed:.0f} s ({error}), so another may have begun; "
+                "run the same command again"
+            ) from error
+
+    def _holds(self) -> bool:
+        """Whether none has taken a higher number, nor done so and ended since."""
+        if max(self._numbers(), default=0) != self._number:
+            self._problem = TAKEN
+        return self._problem is None
 
     def _numbers(self) -> list[int]:
         try:

@@ -30,6 +30,7 @@ READERS, WINDOW = 16, 4096  # threads over many small files, and how many of the
 SCORES, PARTS = "scores", "_run/parts"
 SUMMARY, REPORT = "_run/summary.json", "_run/report.html"
 METADATA_KEY = b"mmray"
+S = TypeVar("S")
 T = TypeVar("T")
 Interval = tuple[int, int]
 
@@ -222,10 +223,16 @@ def read_scores(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
             raise StorageError(f"{uri}: not a whole Parquet file: {error}") from None
 
 
-def each(do: Callable[[Target], T], targets: Iterable[Target]) -> Iterator[T]:
-    """``do`` of every target, in order, many at once: for what mostly waits for storage."""
+def counted(uri: str) -> tuple[int, int]:
+    """How many rows a score file or part holds, and how many of them were set aside."""
+    errors = read_scores(uri, [rows.ERROR]).column(rows.ERROR)
+    return len(errors), len(errors) - errors.null_count
+
+
+def each(do: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """``do`` of every one, in order, many at once: for what mostly waits for storage."""
     with ThreadPoolExecutor(READERS) as pool:
-        for window in batched(targets, WINDOW):
+        for window in batched(items, WINDOW):
             yield from pool.map(do, window)
 
 

@@ -40,7 +40,8 @@ def scoring(command: Callable[..., Any]) -> Callable[..., Any]:
     budget = click.option(
         "--max-errors",
         metavar="SHARE",
-        help="Stop (exit 1, resumable) when more rows than this are set aside: 0.001 or 0.1%.",
+        help="Stop (exit 1, resumable) when more rows of all, or shards that cannot be read, are "
+        "set aside: 0.001 or 0.1%. Opens what earlier commands finished, to count.",
     )
     actors = click.option(
         "--actors", type=click.IntRange(1), help="Scoring actors. [two a GPU, or one a CPU]"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from mmray import golden, ledger, storage
 from mmray.archive import rows
 from mmray.archive.rows import Sample
@@ -23,7 +26,7 @@ def rescore(out: str) -> tuple[int, list[str]]:
     """Read every score of some shards of OUT, and score some rows of each again, here.
 
     Which, is the same for the same run. Returns how many rows were scored again, and what is wrong.
-    Rows that killed their worker are left alone.
+    Rows set aside for what they did to their process are left alone: it would be this one's turn.
     """
     out = storage.absolute(out)
     run = read_run(out)
@@ -52,26 +55,33 @@ def _again(
     held = ledger.read_scores(ledger.scores_uri(out, target.shard.path))
     if not len(held):
         return 0, []
+    path = target.shard.path
+    if missing := [name for name in run.schema().names if name not in held.column_names]:
+        return 0, [f"{path}: no rows scored again, its score file lacks {', '.join(missing)}"]
     start = chance.randrange(max(1, len(held) - ROWS + 1))
-    kept = {row[rows.ROW]: row for row in held.slice(start, ROWS).to_pylist()}
-    samples = [sample for sample in _samples(run, target, start) if not _killed(kept, sample)]
-    scored = predictor.score_table(samples).to_pylist()
+    stop = min(start + ROWS, len(held))
+    some = held.filter(pc.is_in(held[rows.ROW], pa.array(range(start, stop), pa.int64())))
+    kept = {row[rows.ROW]: row for row in some.to_pylist()}
+    samples = {sample.row: sample for sample in _samples(run, target, start, stop)}
+    findings = [f"{path} row {row}: not in its score file" for row in samples.keys() - kept.keys()]
+    findings += [f"{path} row {row}: not in its shard" for row in kept.keys() - samples.keys()]
+    harmless = [row for row in samples if row in kept and not _harmful(kept[row][rows.ERROR])]
+    scored = predictor.score_table([samples[row] for row in harmless]).to_pylist()
     names, allowed = rows.probability_columns(run.labels), golden.tolerance(predictor.golden)
-    findings = [
-        f"{target.shard.path} row {row[rows.ROW]}: scored again it gives "
+    findings += [
+        f"{path} row {row[rows.ROW]}: scored again it gives "
         f"{golden.outcome(row, names)}; OUT holds {golden.outcome(must, names)}"
         for row in scored
-        if (must := kept[row[rows.ROW]]) and golden.difference(must, row, names) > allowed
+        if golden.difference(must := kept[row[rows.ROW]], row, names) > allowed
     ]
     return len(scored), findings
 
 
-def _samples(run: Run, target: Target, start: int) -> Iterator[Sample]:
+def _samples(run: Run, target: Target, start: int, stop: int) -> Iterator[Sample]:
     columns = Columns(**run.config.get("columns", {}))
-    stream = read_shard(run.archive, target.shard, columns=columns, start=start, stop=start + ROWS)
+    stream = read_shard(run.archive, target.shard, columns=columns, start=start, stop=stop)
     return (item for item in stream if isinstance(item, Sample))
 
 
-def _killed(kept: dict[int, dict[str, object]], sample: Sample) -> bool:
-    error = kept[sample.row][rows.ERROR] if sample.row in kept else None
-    return isinstance(error, str) and rows.reason(error) == "worker died"
+def _harmful(error: str | None) -> bool:
+    return error is not None and rows.reason(error) in rows.HARMFUL

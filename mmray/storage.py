@@ -7,6 +7,7 @@ come from the usual AWS chain (``AWS_ENDPOINT_URL`` included).
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import os
@@ -18,7 +19,7 @@ from typing import Any
 
 from mmray import s3
 from mmray.errors import Conflict, NotFound
-from mmray.refusals import Translated, is_s3
+from mmray.refusals import Translated, is_s3, translate
 from mmray.s3 import client, split
 
 __all__ = [
@@ -240,16 +241,31 @@ def delete(uri: str) -> None:
 
 
 def delete_all(root: str) -> None:
-    """Remove every object below ``root``, and on a file system the emptied directories too."""
+    """Remove every object below ``root``, and on a file system the emptied directories too.
+
+    What comes there meanwhile may stay, and its directory with it.
+    """
     if is_s3(root):
         for item in list_objects(root):
             delete(join(root, item.path))
         return
-    base = Path(root)
-    for folder, names, files in os.walk(base, topdown=False):
+    for folder, _, files in os.walk(root, topdown=False, onerror=_raise_unless_gone):
         for name in files:
-            Path(folder, name).unlink(missing_ok=True)
-        for name in names:
-            Path(folder, name).rmdir()
-    if base.is_dir():
-        base.rmdir()
+            delete(os.path.join(folder, name))
+        with Translated(folder):
+            _remove_emptied(folder)
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise translate(error, str(error.filename)) from error
+
+
+def _remove_emptied(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except FileNotFoundError:
+        return  # another's work
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise

@@ -30,6 +30,7 @@ ROOMS = (
     "rescore",
     "lease",
     "rejects",
+    "budget",
     "ledger",
     "scoring_run",
     "targets",

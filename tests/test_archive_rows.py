@@ -24,9 +24,21 @@ def test_the_first_chunk_is_small_so_that_something_is_done_soon() -> None:
     assert cuts(0, 20, max_rows=8) == [(0, 8), (8, 16), (16, 20)]
 
 
-def test_where_a_chunk_starts_fixes_where_it_ends() -> None:
+def test_a_shard_that_is_read_again_from_anywhere_is_cut_alike() -> None:
+    """A driver that is killed may leave parts of any rows; the batches after them are the same."""
     assert cuts(32, 600) == cuts(0, 600)[1:]
     assert cuts(288, 600) == cuts(0, 600)[2:]
+    assert cuts(5, 600) == [(5, 32), *cuts(0, 600)[1:]]
+    assert cuts(100, 600) == [(100, 288), *cuts(0, 600)[2:]]
+    assert cuts(40, 60, max_rows=15) == [(40, 47), (47, 60)]
+    again, first = (cuts(start, 600, image=bytes(400)) for start in (33, 0))  # three fill a chunk
+    assert [cut for cut in again if cut[0] >= 288] == [cut for cut in first if cut[0] >= 288]
+
+
+def test_scattered_rows_fill_chunks() -> None:
+    some = [sample for sample in stream(0, 600) if isinstance(sample, ShardEnd) or sample.row % 2]
+    found = rows.chunks(some, 256, 1000, scattered=True)
+    assert [len(chunk) for chunk in found if isinstance(chunk, list)] == [256, 44]
 
 
 def test_large_pictures_close_a_chunk_early() -> None:

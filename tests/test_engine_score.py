@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,7 +32,7 @@ from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scorer import Scorer
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.predict import Predictor
-from mmray.preprocess import Preprocessor
+from mmray.preprocess import Preprocessor, image
 from mmray.report.progress import Console
 from mmray.verify import verify
 
@@ -273,6 +274,8 @@ class TestOneRun:
         self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(dataflow, "Scorer", MortalScorer)
+        with pytest.raises(RunError, match="1 of 17 rows set aside"):
+            run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, max_errors=0.01)
         summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2)
         rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
         assert [row["key"] for row in rows if row["error"]] == [KILLER]
@@ -301,10 +304,15 @@ def harm(preprocessor: Preprocessor) -> None:
             os.kill(os.getpid(), signal.SIGSEGV)
         while sample.key == "00009":
             time.sleep(1)
-        held = []
-        while sample.key == "00011":
-            held.append(bytes(64 << 20))
+        if sample.key == "00011":
+            with mock.patch.object(image, "_decode", eat):
+                return pixels(sample)
         return pixels(sample)
+
+    def eat(*_: object) -> None:
+        held = []
+        while True:
+            held.append(bytes(64 << 20))
 
     preprocessor._pixels = harmed  # type: ignore[method-assign]
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
+import tiny
 
-from mmray import lease, storage
-from mmray.errors import ConfigError, RunError
+from mmray import cli, lease, storage
+from mmray.errors import ConfigError, RunError, StorageError
 from mmray.lease import Lease
 
 
@@ -109,5 +111,79 @@ def test_a_holder_that_cannot_renew_stops_in_time(
     with Lease(str(tmp_path), quiet) as first:
         first.check()
         monkeypatch.setattr(lease, "DEAD_SECONDS", 0.0)
-        with pytest.raises(RunError, match="could not be renewed"):
+        with monkeypatch.context() as patch, pytest.raises(RunError, match="could not be renewed"):
+            patch.setattr(storage, "write_bytes", refuse)
             first.check()
+
+
+def refuse(uri: str, *_: object, **__: object) -> None:
+    raise StorageError(f"{uri}: S3 refused PutObject: InternalError (HTTP 500); try again later")
+
+
+def test_an_outage_that_is_over_when_the_lease_is_checked_ends_nothing(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 is asked again for two minutes: longer than a lease lasts without a renewal."""
+    with Lease(out, quiet) as first:
+        monkeypatch.setattr(lease, "DEAD_SECONDS", 0.0)
+        first.check()
+        assert held(out) == ["000002.json"]
+        monkeypatch.undo()
+        with pytest.raises(ConfigError, match="another command"):
+            Lease(out, quiet).__enter__()
+        first.check()
+    assert not held(out)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_rival_that_took_over_during_the_outage_stops_the_first(
+    out: str, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    """Whether it still works or has done all and gone: what this command knows of OUT is old."""
+    with Lease(out, quiet) as first:
+        other_machine(out, number=2)
+        storage.delete(storage.join(out, lease.LEASES, "000001.json"))
+        if ended:
+            storage.delete(storage.join(out, lease.LEASES, "000002.json"))
+        monkeypatch.setattr(lease, "DEAD_SECONDS", 0.0)
+        with pytest.raises(RunError, match="another command has taken over"):
+            first.check()
+    assert held(out) == [] if ended else ["000002.json"]
+
+
+def test_of_a_holder_and_a_rival_that_take_over_at_once_one_wins(
+    out: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rival comes between the holder's look and its writing."""
+    with Lease(out, quiet) as first:
+        looked = first._numbers
+
+        def look_then_lose() -> list[int]:
+            numbers = looked()
+            other_machine(out, number=2)
+            return numbers
+
+        monkeypatch.setattr(first, "_numbers", look_then_lose)
+        monkeypatch.setattr(lease, "DEAD_SECONDS", 0.0)
+        with pytest.raises(RunError, match="another command has taken over"):
+            first.check()
+    holder = storage.read_bytes(storage.join(out, lease.LEASES, "000002.json"))
+    assert json.loads(holder)["host"] == "elsewhere"
+
+
+@pytest.mark.parametrize("verb", ["score", "retry"])
+def test_a_second_command_is_refused_while_one_works_on_an_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """Exit code 2 and one line; nothing of the first one's is touched."""
+    bundle = tiny.bundle(str(tmp_path / "bundle"))
+    archive, out = tiny.write_archive(tmp_path / "archive", [5]), str(tmp_path / "out")
+    runs.finished(bundle, archive, out, lambda sample: "no image" if sample.row == 2 else None)
+    before = runs.content(out)
+    line = [bundle, str(archive), "--out", out] if verb == "score" else [out]
+    with Lease(out, quiet) as first:
+        assert cli.run([verb, *line]) == 2
+        first.check()
+    said = capsys.readouterr().err
+    assert f"mmray: {out}: another command works on it (process {os.getpid()} on" in said
+    assert runs.content(out) == before

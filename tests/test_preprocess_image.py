@@ -310,11 +310,28 @@ def test_a_cap_above_pillows_own_is_honoured(monkeypatch: pytest.MonkeyPatch) ->
     assert refused(data, ImagePreprocess(max_pixels=999)).reason == "image too large"
 
 
-def test_running_out_of_memory_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", [(room, "_decode_any"), (Image.Image, "getexif")])
+def test_a_process_short_of_memory_does_not_set_a_picture_aside(
+    monkeypatch: pytest.MonkeyPatch, where: tuple[object, str]
+) -> None:
+    """It would be lost for good, for a reason that was the machine's; nor is it to lie askew."""
+
     def exhausted(*_: object) -> Image.Image:
         raise MemoryError
 
-    monkeypatch.setattr(room, "_decode_any", exhausted)
+    data = encoded(scene(), "PNG")
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, exhausted)
+        with pytest.raises(MemoryError):
+            decode_image(data, CFG)
+    assert decode_image(data, CFG).shape == (3, 64, 64)
+
+
+def test_a_bomb_that_pillow_finds_is_a_row_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bomb(*_: object) -> Image.Image:
+        raise Image.DecompressionBombError("of its own")
+
+    monkeypatch.setattr(room, "_decode_any", bomb)
     assert refused(encoded(scene(), "PNG")).reason == "image too large"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable
@@ -195,6 +196,40 @@ def test_deleting_everything_below_a_root(root: str) -> None:
     if not storage.is_s3(root):
         assert not Path(root).exists()
     storage.delete_all(root)
+
+
+def test_what_is_written_while_all_is_deleted_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scorer that lingers may write a part while its shard's parts are dropped."""
+    late, remove = tmp_path / "parts" / "a.tar" / "late.parquet", os.rmdir
+
+    def write_then_remove(folder: str) -> None:
+        if folder == str(late.parent):
+            late.write_bytes(b"x")
+        remove(folder)
+
+    (tmp_path / "parts" / "b.tar").mkdir(parents=True)
+    storage.write_bytes(str(late.with_name("early.parquet")), b"x")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", write_then_remove)
+        storage.delete_all(str(tmp_path / "parts"))
+    assert listed(str(tmp_path / "parts")) == ["a.tar/late.parquet"]
+    storage.delete_all(str(tmp_path / "parts"))
+    assert not (tmp_path / "parts").exists()
+
+
+@pytest.mark.parametrize("call", ["rmdir", "scandir"])
+def test_what_cannot_be_deleted_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(folder: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", folder)
+
+    (tmp_path / "parts").mkdir()
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(StorageError, match=r"parts: Permission denied"):
+        storage.delete_all(str(tmp_path / "parts"))
 
 
 def test_local_trouble_is_a_storage_error(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from mmray import storage
 from mmray.archive.members import Members
 from mmray.archive.parquet import UNREADABLE
-from mmray.archive.rows import FIRST_ROWS
+from mmray.archive.rows import FIRST_ROWS, begins_chunk
 from mmray.archive.shards import Shard, uri_of
 from mmray.archive.tar import split_name
 
@@ -43,7 +43,7 @@ def find_cuts(root: str, shard: Shard, parts: int, chunk_rows: int) -> list[Cut]
         try:
             for row, byte in starts:
                 enough = byte * parts >= shard.size * (len(found) + 1)
-                if enough and row % chunk_rows == FIRST_ROWS % chunk_rows and row >= FIRST_ROWS:
+                if enough and begins_chunk(row, chunk_rows) and row >= FIRST_ROWS:
                     found.append(Cut(row, byte))
         except _WholeError:
             return []

@@ -22,6 +22,12 @@ PROBABILITY = "p_"
 #: Where a row can fail: while its shard is read, its image or caption prepared, or it is scored.
 STAGES = ("read", "image", "caption", "predict")
 
+#: Reasons of rows that end, hold or fill the process that works on them: none prepares such a row
+#: again but a scoring run, which has others to spare.
+CRASHED, TOO_LONG = "decode crashed", "decode took too long"
+TOO_MUCH_MEMORY, WORKER_DIED = "decode took too much memory", "worker died"
+HARMFUL = frozenset({CRASHED, TOO_LONG, TOO_MUCH_MEMORY, WORKER_DIED})
+
 #: Default cap on the encoded bytes of one image; larger ones are set aside unread.
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 
@@ -109,15 +115,19 @@ def chunks(
     early once they hold ``max_bytes`` of image data or the next row does not follow. Chunks of
     ``scattered`` rows go on where others are left out.
 
-    The first chunk of a shard has at most ``FIRST_ROWS``, so that something is done soon. Where a
-    chunk starts fixes where it ends, so a shard that is read again is cut alike.
+    The first chunk of a shard has at most ``FIRST_ROWS``, so that something is done soon. From
+    there on all that are not scattered end every ``max_rows``, wherever reading began: a shard of
+    which some rows are done already is cut alike elsewhere.
     """
     held: list[Sample] = []
     size = 0
+
+    def joins(row: int) -> bool:
+        return row == held[-1].row + 1 and not begins_chunk(row, max_rows)
+
     for item in stream:
-        most = max_rows if not held or held[0].row else min(max_rows, FIRST_ROWS)
-        full = len(held) >= most or size >= max_bytes
-        if held and (full or isinstance(item, ShardEnd) or not (scattered or _follows(held, item))):
+        full = len(held) >= max_rows or size >= max_bytes
+        if held and (full or isinstance(item, ShardEnd) or not (scattered or joins(item.row))):
             yield held
             held, size = [], 0
         if isinstance(item, ShardEnd):
@@ -129,8 +139,9 @@ def chunks(
         raise AssertionError("a shard's stream must be closed by a ShardEnd")
 
 
-def _follows(held: Sequence[Sample], item: Sample) -> bool:
-    return item.row == held[-1].row + 1
+def begins_chunk(row: int, max_rows: int) -> bool:
+    """Whether chunks end before this row in every reading of its shard."""
+    return row % max_rows == FIRST_ROWS % max_rows
 
 
 def probability_columns(labels: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from ray import cloudpickle
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_num_cpus
 
-from mmray.archive.rows import Sample
+from mmray.archive.rows import CRASHED, TOO_LONG, TOO_MUCH_MEMORY, Sample
 from mmray.errors import BadRow, RunError
 from mmray.preprocess import Prepared, Preprocessor
 
@@ -94,15 +94,13 @@ class Guard:
             pipe.send(sample)
             if not pipe.poll(self._seconds):
                 self._end(0)
-                return BadRow("image", "decode took too long", f"more than {self._seconds:g} s")
+                return BadRow("image", TOO_LONG, f"more than {self._seconds:g} s")
             outcome = pipe.recv()
         except (EOFError, OSError):
-            return BadRow("image", "decode crashed", f"its process ended with {self._end()}")
+            return BadRow("image", CRASHED, f"its process ended with {self._end()}")
         if outcome is None:
             self._end()
-            return BadRow(
-                "image", "decode took too much memory", f"over {self._memory / GiB:g} GiB"
-            )
+            return BadRow("image", TOO_MUCH_MEMORY, f"over {self._memory / GiB:g} GiB")
         assert isinstance(outcome, (Prepared, BadRow))
         return outcome
 

@@ -18,7 +18,6 @@ from mmray.engine.pieces import Piece
 from mmray.ledger import Interval, joined
 
 DEATHS = 2  # a row that takes a worker with it twice, alone, is set aside
-WORKER_DIED = "worker died"  # the reason it is given
 
 
 class Witness:

@@ -21,11 +21,12 @@ from mmray import ledger
 from mmray.archive import rows
 from mmray.archive.shards import read_shard
 from mmray.backoff import COUNTS
+from mmray.budget import Budget
 from mmray.engine import cluster, pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.dataflow import scored
 from mmray.engine.ingest import ReadOptions, running
-from mmray.engine.losses import WORKER_DIED, Losses, call_witness
+from mmray.engine.losses import Losses, call_witness
 from mmray.engine.pieces import Piece, Plan, shared
 from mmray.engine.placement import place
 from mmray.errors import MmrayError, RunError
@@ -86,6 +87,7 @@ class Job(ABC):
         self._todo = todo
         self._lease = lease
         self.meter, self.totals = meter, Totals()  # of this command, and what it committed
+        self.budget = Budget(out, options.max_errors, int(todo.sum()))
         self._parts = out  # where parts go: below PARTS there
         self._read = ReadOptions(columns=options.columns, chunk_rows=run.chunk_rows)
         self._live: dict[int, InWork] = {}
@@ -203,7 +205,7 @@ class Job(ABC):
             stop=row + 1,
         )
         key = next((item.key for item in stream if isinstance(item, rows.Sample)), "")
-        error = f"{WORKER_DIED}: the process scoring this row ended every time it was tried"
+        error = f"{rows.WORKER_DIED}: the process scoring this row ended every time it was tried"
         aside = pa.Table.from_pylist(
             [
                 {
@@ -219,6 +221,7 @@ class Job(ABC):
         ledger.write_part(self._parts, source.path, row, row + 1, aside)
         shard.cover([(row, row + 1)])
         self.meter.take(1, 1, 0)
+        self.budget.take(1, 1)
 
     # --- a pass --------------------------------------------------------------------------------
 
@@ -244,6 +247,8 @@ class Job(ABC):
         if shard is None:
             shard = self._live[index] = self._open(index)
         if receipt["total"] is not None:
+            if shard.total is None and not receipt["total"] and receipt["problem"]:
+                self.budget.take(unreadable=1)
             shard.total, shard.problem = receipt["total"], receipt["problem"]
         else:
             self._count(shard, receipt)
@@ -266,13 +271,7 @@ class Job(ABC):
         meter.take(count, receipt["set_aside"], size)
         for stage in STAGES:
             meter.spend(stage, receipt[f"{stage}_s"])
-        budget = self._options.max_errors
-        if budget is not None and meter.rows >= 100 and meter.set_aside > budget * meter.rows:
-            raise RunError(
-                f"{self._out}: {meter.set_aside:,} of {meter.rows:,} rows set aside, more than "
-                f"--max-errors {budget:.3%} allows; finished rows are kept, the same command "
-                "with a larger budget goes on"
-            )
+        self.budget.take(count, receipt["set_aside"])
 
     # --- commits -------------------------------------------------------------------------------
 

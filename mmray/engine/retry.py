@@ -23,7 +23,7 @@ from mmray.config import Columns, validate
 from mmray.engine import pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.guard import ROW_SECONDS
-from mmray.engine.losses import WORKER_DIED, Losses
+from mmray.engine.losses import Losses
 from mmray.engine.passes import InWork, Job
 from mmray.engine.pieces import Piece
 from mmray.engine.scorer import Committed, committed, start_committer
@@ -94,6 +94,7 @@ def _retry(
         f"scored {retried['scored']:,} of {retried['rows']:,} rows tried again, set aside "
         f"{retried['set_aside']:,}, in {duration(job.meter.seconds)}: {out}"
     )
+    job.budget.check()
     return summary | {"retried": retried}
 
 
@@ -139,9 +140,9 @@ def _try(out: str, record: ledger.ShardRecord, reasons: Sequence[str]) -> _Try:
     found = rejects.read(out, record.shard, reasons)
     ordinals = found.column(rows.ROW).to_numpy()
     alone: frozenset[int] = frozenset()
-    if WORKER_DIED in record.reasons:
+    if rows.WORKER_DIED in record.reasons:
         errors = found.column(rows.ERROR).to_pylist()
-        died = [rows.reason(error) == WORKER_DIED for error in errors]
+        died = [rows.reason(error) == rows.WORKER_DIED for error in errors]
         alone = frozenset(ordinals[died].tolist())
     size = record.input_size * len(ordinals) // record.rows
     return _Try(ordinals, alone, size, record.rows, record.problem)

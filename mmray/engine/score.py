@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from mmray import ledger, storage
 from mmray.backoff import COUNTS, said
+from mmray.budget import Budget
 from mmray.bundle import Manifest, read_manifest
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.asked import asked as what_is_asked
@@ -63,18 +64,20 @@ def _score(
     done = ledger.done_shards(out)
     if asked.targets.among(done).all():
         console.say(f"nothing to do: all {len(asked.targets):,} shards are scored in {out}")
-        return finished_summary(out, run, console)
+        return _within_budget(out, finished_summary(out, run, console), options)
     if resumed:
         console.say(f"going on: {len(done):,} of {len(run.targets):,} shards are done in {out}")
     before = run.targets.among(done)
     todo = run.targets.among(asked.targets.paths) & ~before
     del asked, done
     job = _Scoring(out, run, todo, options, console, lease, began)
+    if options.max_errors is not None:
+        job.count_earlier(before)
     console.say(
         f"scoring {todo.sum():,} shards of {archive} with {run.fingerprint[:12]} into {out}"
     )
     job.run_to_end()
-    if before.any():
+    if options.max_errors is None:  # else they were read first
         job.totals.read(out, run.targets.take(before), console)
     summary = write_summary(out, run, job.totals, job.meter)
     console.say(
@@ -83,6 +86,13 @@ def _score(
     )
     if job.meter.retries:
         console.say(said(job.meter.retries))
+    return _within_budget(out, summary, options)
+
+
+def _within_budget(out: str, summary: dict[str, Any], options: ScoreOptions) -> dict[str, Any]:
+    """The summary of all that OUT holds. Raises RunError when it has too much set aside."""
+    counts = summary["rows"], summary["set_aside"], summary.get("unreadable", 0)
+    Budget(out, options.max_errors, summary["shards"], *counts).check()
     return summary
 
 
@@ -109,7 +119,22 @@ class _Scoring(Job):
             started=began,
         )
         super().__init__(out, run, todo, options, console, meter, lease)
+        self.budget.shards = len(run.targets)
         self._take_up(ledger.covered(out))
+
+    def count_earlier(self, done: npt.NDArray[np.bool_]) -> None:
+        """Hold what earlier commands set aside against the budget too: of the shards that are
+        ``done``, and in parts. Each of these files is opened."""
+        totals = self.totals
+        totals.read(self._out, self._run.targets.take(done), self._console)
+        self.budget.take(totals.rows, totals.set_aside, totals.unreadable)
+        parts = [
+            ledger.part_uri(self._out, shard.target.shard.path, start, stop)
+            for shard in self._live.values()
+            for start, stop in shard.covered
+        ]
+        for rows, set_aside in ledger.each(ledger.counted, parts):
+            self.budget.take(rows, set_aside)
 
     def _take_up(self, parts: dict[str, list[ledger.Interval]]) -> None:
         """The shards to do that an earlier command scored in part."""

@@ -109,13 +109,14 @@ def decode_image(data: bytes, cfg: ImagePreprocess) -> np.ndarray:
     array in every process of an installation.
 
     Raises BadRow at stage "image", for whatever is no picture or cannot be read whole; its reason
-    is one of the six constants above.
+    is one of the six constants above. Raises MemoryError where the process has too little: that
+    says nothing of the picture, which another process may decode.
     """
     if not data:
         raise BadRow("image", EMPTY)
     try:
         return _decode(data, cfg)
-    except BadRow:
+    except (BadRow, MemoryError):
         raise
     except Exception as error:  # decoders raise what they like: the row is set aside, not the job
         raise _bad_row(error, data) from error
@@ -175,6 +176,8 @@ def _orientation(image: Image.Image) -> int:
     """The EXIF orientation of a loaded picture, 1 to 8; 1 (as stored) where none can be read."""
     try:
         return int(image.getexif().get(ORIENTATION, 1))
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001  damaged metadata beside an intact picture: shown as stored
         return 1
 
@@ -289,7 +292,7 @@ def _resize(pixels_hwc: np.ndarray, size: int) -> np.ndarray:
 def _bad_row(error: Exception, data: bytes) -> BadRow:
     """A decoder's exception as a row's reason."""
     text = _line(error)
-    if isinstance(error, (MemoryError, Image.DecompressionBombError)):
+    if isinstance(error, Image.DecompressionBombError):
         return BadRow("image", TOO_LARGE, text)
     if isinstance(error, NotImplementedError):
         return BadRow("image", UNSUPPORTED, text)

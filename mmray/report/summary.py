@@ -32,14 +32,30 @@ class Totals:
             rows=record.rows,
             scored=record.scored,
             set_aside=record.set_aside,
+            unreadable=int(record.problem is not None and not record.rows),
         )
         self._reasons.update(record.reasons)
         self._labels.update(record.labels)
         if record.problem:
             self._problems[record.shard] = record.problem
 
+    @property
+    def rows(self) -> int:
+        return self._counts["rows"]
+
+    @property
+    def set_aside(self) -> int:
+        return self._counts["set_aside"]
+
+    @property
+    def unreadable(self) -> int:
+        """Shards of which no row can be read."""
+        return self._counts["unreadable"]
+
     def read(self, out: str, targets: Targets, console: Console) -> None:
         """Add what lies in ``out`` of these committed shards: their records alone are read."""
+        if not targets:
+            return
         tally = Tally(console, "records of finished shards read")
         found = ledger.each(
             lambda target: ledger.read_record(ledger.scores_uri(out, target.shard.path)), targets
@@ -71,7 +87,7 @@ class Totals:
         }
 
 
-COUNTS = ("shards_done", "bytes", "rows", "scored", "set_aside")
+COUNTS = ("shards_done", "bytes", "rows", "scored", "set_aside", "unreadable")
 
 
 def write_summary(out: str, run: Run, totals: Totals, meter: Meter) -> dict[str, Any]:
