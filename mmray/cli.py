@@ -17,10 +17,11 @@ import click
 
 from mmray import __version__
 from mmray.errors import MmrayError
-from mmray.options import as_json, columns, endpoint, reasons_asked, scoring, serving, share
+from mmray.options import as_json, caps, columns, endpoint, reasons_asked, scoring, serving, share
 from mmray.report.progress import Console, Tally
 
 if TYPE_CHECKING:
+    from mmray.scoring_run import Caps
     from mmray.serving.settings import ServeConfig
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100}
@@ -295,6 +296,7 @@ def rejects(
 @cli.command()
 @click.argument("out")
 @reasons_asked
+@caps
 @scoring
 @as_json
 @endpoint
@@ -305,6 +307,7 @@ def retry(
     actors: int | None,
     decoders: int | None,
     row_timeout: float,
+    caps: Caps,
     to_json: bool,
 ) -> None:
     """Score again what OUT has set aside, with the bundle and the archive of its run.
@@ -322,6 +325,7 @@ def retry(
         actors=actors,
         decoders=decoders,
         row_seconds=row_timeout,
+        caps=caps,
     )
     if to_json:
         _print_json(summary)
@@ -376,7 +380,6 @@ def _print_json(result: Any) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """Run one command line and return its exit code; never raises for a user's error."""
-    debug = "--debug" in argv
     try:
         result = cli.main(list(argv), prog_name="mmray", standalone_mode=False)
     except click.ClickException as error:
@@ -386,7 +389,7 @@ def run(argv: Sequence[str]) -> int:
         click.echo("\nmmray: stopped; the same command goes on from here", err=True)
         return 130
     except MmrayError as error:
-        if debug:
+        if "--debug" in argv:
             raise
         click.echo(f"mmray: {error}", err=True)
         return error.exit_code

@@ -27,6 +27,7 @@ from mmray.scoring_run import Run
 from mmray.targets import Target, batched, strings
 
 READERS, WINDOW = 16, 4096  # threads over many small files, and how many of these are asked for
+TAIL_BYTES = 1 << 16  # read at once of a score file: its footer, and all of a small one
 SCORES, PARTS = "scores", "_run/parts"
 SUMMARY, REPORT = "_run/summary.json", "_run/report.html"
 METADATA_KEY = b"mmray"
@@ -245,7 +246,7 @@ def read_record(uri: str) -> ShardRecord:
 @contextmanager
 def opened(uri: str) -> Iterator[pq.ParquetFile]:
     """A score file, open. Raises StorageError for what turns out, while it is, not to be one."""
-    with storage.open_read(uri) as stream:
+    with storage.open_read(uri, tail=TAIL_BYTES) as stream:
         try:
             yield pq.ParquetFile(stream)
         except (pa.ArrowInvalid, OSError, KeyError, TypeError, ValueError) as error:

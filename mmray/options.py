@@ -62,6 +62,24 @@ def scoring(command: Callable[..., Any]) -> Callable[..., Any]:
     return budget(actors(decoders(timeout(command))))
 
 
+def caps(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that raise caps of pictures; the command gets them as ``caps``."""
+
+    @click.option(
+        "--max-pixels", type=click.IntRange(1), help="Try larger pictures, up to so many pixels."
+    )
+    @click.option(
+        "--max-image-bytes", type=click.IntRange(1), help="Try larger files, up to so many bytes."
+    )
+    @functools.wraps(command)
+    def with_caps(max_pixels: int | None, max_image_bytes: int | None, **rest: Any) -> Any:
+        from mmray.scoring_run import UNRAISED, Caps
+
+        return command(caps=UNRAISED.raised(Caps(max_pixels or 0, max_image_bytes or 0)), **rest)
+
+    return with_caps
+
+
 def serving(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that make a server's configuration; the command gets it as ``cfg``."""
 

@@ -16,7 +16,8 @@ from mmray.bundle import load
 from mmray.config import Columns
 from mmray.errors import BundleError, StorageError
 from mmray.predict import Predictor
-from mmray.scoring_run import Run, read_run
+from mmray.preprocess.image import TOO_LARGE
+from mmray.scoring_run import UNRAISED, Run, read_run
 from mmray.targets import Target
 
 SHARDS, ROWS = 32, 8  # how many, spread over the run, and how many rows of each
@@ -37,6 +38,7 @@ def rescore(out: str) -> tuple[int, list[str]]:
     if bundle.fingerprint != run.fingerprint:
         return 0, [f"{run.bundle}: now has fingerprint {bundle.fingerprint[:12]}, not the run's"]
     predictor, chance = Predictor(bundle), random.Random(run.run_id)
+    predictor.preprocessor = predictor.preprocessor.allowing(run.caps.max_pixels)
     there = run.targets.take(run.targets.among(ledger.done_shards(out)))
     chosen = sorted(chance.sample(range(len(there)), min(SHARDS, len(there))))
     count, findings = 0, list[str]()
@@ -65,8 +67,8 @@ def _again(
     samples = {sample.row: sample for sample in _samples(run, target, start, stop)}
     findings = [f"{path} row {row}: not in its score file" for row in samples.keys() - kept.keys()]
     findings += [f"{path} row {row}: not in its shard" for row in kept.keys() - samples.keys()]
-    harmless = [row for row in samples if row in kept and not _harmful(kept[row][rows.ERROR])]
-    scored = predictor.score_table([samples[row] for row in harmless]).to_pylist()
+    again = [row for row in samples if row in kept and not _left(run, kept[row][rows.ERROR])]
+    scored = predictor.score_table([samples[row] for row in again]).to_pylist()
     names, allowed = rows.probability_columns(run.labels), golden.tolerance(predictor.golden)
     findings += [
         f"{path} row {row[rows.ROW]}: scored again it gives "
@@ -79,9 +81,21 @@ def _again(
 
 def _samples(run: Run, target: Target, start: int, stop: int) -> Iterator[Sample]:
     columns = Columns(**run.config.get("columns", {}))
-    stream = read_shard(run.archive, target.shard, columns=columns, start=start, stop=stop)
+    stream = read_shard(
+        run.archive,
+        target.shard,
+        columns=columns,
+        start=start,
+        stop=stop,
+        max_image_bytes=run.caps.max_image_bytes,
+    )
     return (item for item in stream if isinstance(item, Sample))
 
 
-def _harmful(error: str | None) -> bool:
-    return error is not None and rows.reason(error) in rows.HARMFUL
+def _left(run: Run, error: str | None) -> bool:
+    """Whether a row with this error is left alone: also one that was too large, where some were
+    tried again with a higher cap, and others not."""
+    if error is None:
+        return False
+    reason = rows.reason(error)
+    return reason in rows.HARMFUL or (reason == TOO_LARGE and run.caps != UNRAISED)

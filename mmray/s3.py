@@ -6,6 +6,7 @@ says whether to ask again, ``throttle`` how fast.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -182,10 +183,13 @@ def upload(uri: str, source: Path) -> None:
 class Stream(io.RawIOBase):
     """Bytes of an S3 object that survive the connection they come over."""
 
-    def __init__(self, uri: str, etag: str | None) -> None:
+    def __init__(self, uri: str, etag: str | None, tail: int = 0) -> None:
+        """With ``tail``, its last so many bytes come with the first answer, which is then all that
+        a small object takes."""
         self._uri = uri
         self._bucket, self._key = split(uri)
-        self._size, self._etag = head(uri)
+        self._tail = b""
+        self._size, self._etag = self._read_tail(tail) if tail else head(uri)
         if etag is not None and self._etag != etag:
             raise Conflict(
                 f"{uri}: changed since it was listed (its ETag was {etag}, now it is {self._etag})"
@@ -218,10 +222,38 @@ class Stream(io.RawIOBase):
         want = min(len(buffer), self._size - self._position)
         if want <= 0:
             return 0
-        data = self._read(min(want, PIECE_BYTES))
+        left = self._size - self._position
+        if left <= len(self._tail):
+            begin = len(self._tail) - left
+            data = self._tail[begin : begin + want]
+        else:
+            data = self._read(min(want, PIECE_BYTES))
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
+
+    def _read_tail(self, size: int) -> tuple[int, str]:
+        """The object's size and ETag; where its end does not come at once, by themselves."""
+        from botocore.exceptions import BotoCoreError, ClientError
+        from urllib3.exceptions import HTTPError
+
+        with Translated(self._uri):
+            try:
+                answer = client().get_object(
+                    Bucket=self._bucket, Key=self._key, Range=f"bytes=-{size}"
+                )
+                with contextlib.closing(answer["Body"]) as body:
+                    self._tail = body.read()
+                whole = answer.get("ContentRange", "").rpartition("/")[2]
+                if whole.isdecimal() and len(self._tail) == min(size, int(whole)):
+                    return int(whole), answer["ETag"].strip('"')
+            except ClientError as error:
+                if status_of(error) != 416:  # an empty object has no end
+                    raise
+            except (BotoCoreError, HTTPError, OSError):
+                pass  # a body that broke: what reads on asks again
+        self._tail = b""
+        return head(self._uri)
 
     def _read(self, size: int) -> bytes:
         """Some bytes from here on; where the connection breaks, from another one."""

@@ -7,7 +7,7 @@ import io
 import json
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +21,24 @@ FORMAT = 1
 RUN = "_run/run.json"
 #: Columns of the targets -> their names below "archive" in run.json.
 COLUMNS = {"path": "paths", "size": "sizes", "etag": "etags", "stop": "stops"}
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What a picture may come to, where that is more than the bundle and the reader allow."""
+
+    max_pixels: int = 0
+    max_image_bytes: int = rows.MAX_IMAGE_BYTES
+
+    def raised(self, other: Caps) -> Caps:
+        """The higher of both."""
+        return Caps(
+            max(self.max_pixels, other.max_pixels),
+            max(self.max_image_bytes, other.max_image_bytes),
+        )
+
+
+UNRAISED = Caps()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +58,11 @@ class Run:
     started: str = field(
         default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     )
+
+    @property
+    def caps(self) -> Caps:
+        """The highest with which rows of this run were tried again."""
+        return Caps(**self.config.get("caps", {}))
 
     def schema(self) -> pa.Schema:
         return rows.scores_schema(self.labels, self.embedding_dim)
@@ -126,9 +149,19 @@ def open_run(out: str, asked: Run) -> tuple[Run, bool]:
     new = ~asked.targets.among(held.targets.paths)
     if new.any():
         targets = held.targets.joined(asked.targets.take(new))
-        held = replace(held, targets=targets, config=asked.config)
+        held = replace(held, targets=targets, config={**held.config, **asked.config})
         storage.write_bytes(uri, held.to_json())
     return held, True
+
+
+def record_caps(out: str, run: Run, caps: Caps) -> Run:
+    """The run with these caps, written down before rows are tried with them."""
+    raised = run.caps.raised(caps)
+    if raised == run.caps:
+        return run
+    run = replace(run, config={**run.config, "caps": asdict(raised)})
+    storage.write_bytes(storage.join(out, RUN), run.to_json())
+    return run
 
 
 def _refuse_differences(out: str, held: Run, asked: Run) -> None:

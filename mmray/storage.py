@@ -134,14 +134,17 @@ def _local_etag(result: os.stat_result) -> str:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def open_read(uri: str, etag: str | None = None, buffer: int = BUFFER_BYTES) -> io.BufferedReader:
+def open_read(
+    uri: str, etag: str | None = None, buffer: int = BUFFER_BYTES, tail: int = 0
+) -> io.BufferedReader:
     """A seekable binary stream of one object that reads ``buffer`` bytes at least.
 
     On S3 it reads in ranges: a dropped or short body is asked for again *from the byte where it
-    stopped*. With ``etag``, an object that has changed since raises Conflict. Raises NotFound.
+    stopped*. With ``etag``, an object that has changed since raises Conflict. With ``tail``, its
+    last so many bytes are asked for first, without a question for its size. Raises NotFound.
     """
     if is_s3(uri):
-        return io.BufferedReader(s3.Stream(uri, etag), buffer)
+        return io.BufferedReader(s3.Stream(uri, etag, tail), buffer)
     with Translated(uri):
         handle: io.BufferedReader = io.BufferedReader(_LocalStream(uri), buffer)
     now = _local_etag(os.fstat(handle.fileno()))

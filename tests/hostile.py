@@ -52,6 +52,7 @@ class Planned:
     operation: str | None
     path: str
     left: float
+    lasts_s: float = 0.0
 
 
 class HostileS3:
@@ -76,6 +77,7 @@ class HostileS3:
         self.arrivals: list[tuple[float, bool]] = []  # when, and whether above the capacity
         self.expired: set[str] = set()  # access keys that are refused
         self._planned: list[Planned] = []
+        self._lasting = "", 0.0  # a kind that all requests meet, and until when
         self._seen: Counter[str] = Counter()
         self._tokens, self._filled = 0.0, time.monotonic()
         self._lock = threading.Lock()
@@ -97,11 +99,17 @@ class HostileS3:
         self._server.server_close()
 
     def plan(
-        self, kind: str, operation: str | None = None, times: float = 1, path: str = ""
+        self,
+        kind: str,
+        operation: str | None = None,
+        times: float = 1,
+        path: str = "",
+        lasts_s: float = 0.0,
     ) -> None:
-        """The next requests of this ``operation`` (any), with ``path`` in their path, meet it."""
+        """The next requests of this ``operation`` (any), with ``path`` in their path, meet it; and
+        from each on so does every request whatever, for as long as it ``lasts_s``."""
         with self._lock:
-            self._planned.append(Planned(kind, operation, path, times))
+            self._planned.append(Planned(kind, operation, path, times, lasts_s))
 
     def relent(self) -> None:
         """Forget what is planned."""
@@ -117,7 +125,11 @@ class HostileS3:
                 fits = planned.operation in (None, operation) and planned.path in path
                 if fits and planned.left > 0:
                     planned.left -= 1
+                    self._lasting = planned.kind, time.monotonic() + planned.lasts_s
                     return planned.kind
+            kind, until = self._lasting
+            if time.monotonic() < until:
+                return kind
             if above:
                 return "SlowDown"
             if any(key in signed for key in self.expired):

@@ -31,7 +31,7 @@ def test_a_chunk_comes_out_as_the_preprocessor_prepares_it(tmp_path: object) -> 
     columns = {f.name: pa.array([chunk.get(f.name)], f.type) for f in ingest.CHUNKS_SCHEMA}
     columns["samples"] = ingest.one_list(rows.to_table(samples).to_struct_array().combine_chunks())
     assert columns["samples"].type.value_type == struct
-    decoded = Decoder(uri, row_seconds=60)(pa.table(columns, schema=ingest.CHUNKS_SCHEMA))
+    decoded = Decoder(uri, limits=(60, 0))(pa.table(columns, schema=ingest.CHUNKS_SCHEMA))
     assert PREPARED in decoded.column_names
     ((found, _),) = prepared_rows(decoded)
     left, expected = bundles.load(uri).build_preprocessor().prepare_all(samples)

@@ -98,6 +98,21 @@ def test_a_run_through_faults_gives_the_same_scores_and_says_what_it_took(
     assert f"S3: {sum(retries.values())} requests asked again (" in done.stderr
 
 
+def test_credentials_that_are_expired_for_a_while_cost_time_and_nothing_else(
+    places: dict[str, str], proxy: HostileS3
+) -> None:
+    """As between a role's keys running out and their renewal: every request of every process."""
+    out = storage.join(places["bucket"], "expired")
+    proxy.plan("expired", "PUT", path="/expired/_run/parts/", lasts_s=6)
+    done = score(places, out, proxy)
+    assert done.returncode == 0, done.stderr
+    assert content(out) == whole(places) and verify(out).ok
+    refused = proxy.injected["expired"]
+    retries = json.loads(storage.read_bytes(storage.join(out, ledger.SUMMARY)))["retries"]
+    assert 3 <= retries["expired credentials"] <= refused
+    assert refused <= 100, "it asks again at growing intervals, not as fast as it can"
+
+
 def test_a_run_that_is_refused_goes_on_when_it_is_allowed(
     places: dict[str, str], proxy: HostileS3
 ) -> None:

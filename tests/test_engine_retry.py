@@ -20,6 +20,7 @@ import tiny
 from ray import cloudpickle
 
 from mmray import cli, ledger, storage
+from mmray.archive import rows
 from mmray.archive.rows import Sample
 from mmray.archive.shards import Shard
 from mmray.engine import dataflow
@@ -30,6 +31,7 @@ from mmray.engine.retry import PLACE, retry
 from mmray.engine.scorer import Scorer
 from mmray.errors import ConfigError, RunError
 from mmray.report.progress import Console
+from mmray.rescore import rescore
 from mmray.verify import verify
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
@@ -159,6 +161,42 @@ class TestRetry:
             killer = [shard == "c.tar" and key == KILLER for key in table["key"].to_pylist()]
             rest = pa.array([not one for one in killer], pa.bool_())
             same(table.filter(rest), whole[shard].filter(rest))
+
+    def test_higher_caps_let_pictures_in_that_were_too_large(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        bundle = tiny.bundle(str(tmp_path / "bundle"), max_pixels=64 * 64)
+        root, out = tmp_path / "archive", tmp_path / "out"
+        tiny.write_tar(root / "b.tar", tiny.members(6, 20))
+        huge = [("x.jpg", tiny.jpeg(1) + bytes(rows.MAX_IMAGE_BYTES)), ("x.txt", b"a long file")]
+        large = [("y.jpg", tiny.jpeg(2, size=96)), ("y.txt", b"a large picture")]
+        tiny.write_tar(root / "a.tar", [*tiny.members(5), *huge, *large, *runs.BROKEN])
+        runs.finished(bundle, root, out, lambda _: None)
+        before, written = runs.content(out), files(out)
+        assert runs.reasons(out)["image too large"] == 2
+
+        def retried(*options: str) -> dict[str, Any]:
+            assert cli.run(["retry", str(out), "--json", *options]) == 0
+            summary: dict[str, Any] = json.loads(capsys.readouterr().out)
+            verdict, (_, findings) = verify(str(out)), rescore(str(out))
+            assert verdict.ok and not findings
+            return summary
+
+        asked = ["--reason", "image too large"]
+        assert retried(*asked)["retried"] == {"rows": 2, "scored": 0, "set_aside": 2}
+        assert files(out) == written
+        summary = retried(*asked, "--max-pixels", str(96 * 96))
+        assert summary["retried"] == {"rows": 2, "scored": 1, "set_aside": 1}
+        assert summary["caps"]["max_pixels"] == 96 * 96
+        assert "max_pixels 9,216" in (out / "_run" / "report.html").read_text()
+        summary = retried("--max-image-bytes", str(rows.MAX_IMAGE_BYTES + 10_000))
+        assert "image too large" not in summary["reasons"] and summary["retried"]["scored"] == 1
+        assert summary["caps"]["max_pixels"] == 96 * 96
+        after = {row["key"]: row for row in runs.content(out)["a.tar"].to_pylist()}
+        assert after["x"]["label"] and after["y"]["label"]
+        untouched(before["a.tar"], runs.content(out)["a.tar"])
+        moved = {p.name for p, held in files(out).items() if held != written[p]}
+        assert moved == {"a.tar.parquet"}
 
     def test_more_failures_than_allowed_stop_it_and_lose_nothing(
         self, bundle: str, tmp_path: Path

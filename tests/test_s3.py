@@ -123,6 +123,35 @@ def test_retries_are_counted_by_cause(proxy: HostileS3, root: str) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", [None, *hostile.FAULTS["GET"]])
+def test_the_end_of_an_object_comes_with_the_first_answer(
+    proxy: HostileS3, root: str, kind: str | None
+) -> None:
+    """Verifying a million score files would otherwise ask three times for each."""
+    if kind is not None:
+        proxy.plan(kind, "GET")
+    with storage.open_read(f"{root}/in/00", tail=50_000) as stream:
+        assert stream.seek(-10, 2) == len(DATA) - 10 and stream.read() == DATA[-10:]
+        assert stream.seek(-40_000, 2) and stream.read(5) == DATA[-40_000:-39_995]
+        if kind is None:
+            assert proxy.requests == {"GET": 1}
+        stream.seek(20_000)
+        assert stream.read() == DATA[20_000:]
+        stream.seek(0)
+        assert stream.read() == DATA
+    assert kind is None or proxy.injected == {kind: 1}
+
+
+def test_an_end_where_there_is_none(proxy: HostileS3, root: str) -> None:
+    storage.write_bytes(f"{root}/empty", b"")
+    with storage.open_read(f"{root}/empty", tail=100) as stream:
+        assert stream.read() == b""
+    with storage.open_read(f"{root}/in/00", tail=1 << 20) as stream:
+        assert stream.read() == DATA
+    with pytest.raises(NotFound):
+        storage.open_read(f"{root}/none", tail=100)
+
+
 def test_five_per_cent_of_everything_changes_no_byte(proxy: HostileS3, root: str) -> None:
     proxy.share = 0.05
     for round_ in range(15):

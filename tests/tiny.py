@@ -99,7 +99,9 @@ def write_archive(root: Path, shards: Sequence[int]) -> Path:
     return root
 
 
-def bundle(uri: str, seed: int = 0, size: int = 32, **model: Any) -> str:
+def bundle(
+    uri: str, seed: int = 0, size: int = 32, max_pixels: int = 100_000_000, **model: Any
+) -> str:
     """An untrained two-class image + text bundle of pictures of ``size`` pixels; differs by
     ``seed`` and the further keys of ``model``."""
     import torch
@@ -120,7 +122,8 @@ def bundle(uri: str, seed: int = 0, size: int = 32, **model: Any) -> str:
     from mmray.preprocess import train_tokenizer
 
     preprocess = Preprocess(
-        image=ImagePreprocess(size=size), text=TextPreprocess(vocab_size=300, max_tokens=16)
+        image=ImagePreprocess(size=size, max_pixels=max_pixels),
+        text=TextPreprocess(vocab_size=300, max_tokens=16),
     )
     tokenizer = train_tokenizer((caption(i) for i in range(50)), preprocess.text)
     spec = make_spec(

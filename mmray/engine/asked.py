@@ -14,7 +14,7 @@ from mmray.config import Columns
 from mmray.engine.guard import ROW_SECONDS
 from mmray.engine.ingest import CHUNK_ROWS
 from mmray.errors import ConfigError
-from mmray.scoring_run import Run
+from mmray.scoring_run import UNRAISED, Caps, Run
 from mmray.targets import Target, Targets
 
 
@@ -31,6 +31,7 @@ class ScoreOptions:
     decoders: int | None = None  # processes that decode beside them; None: where there are GPUs
     row_seconds: float = ROW_SECONDS  # that a row may take to prepare
     columns: Columns = Columns()
+    caps: Caps = UNRAISED  # of pictures, where they are raised
 
 
 def asked(bundle: str, manifest: Manifest, archive: str, options: ScoreOptions) -> Run:

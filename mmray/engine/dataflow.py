@@ -24,10 +24,13 @@ def scored(
     plan: Plan,
     options: ReadOptions,
     placement: Placement,
-    row_seconds: float,
+    limits: tuple[float, int],
     witness: Any,
 ) -> ray.data.Dataset:
     """``scorer.RECEIPT_SCHEMA`` for every chunk of the plan, when its scores lie in ``out``.
+
+    ``limits`` of a row: the seconds it may take to prepare, and up to how many pixels its picture
+    may have if that is more than the bundle allows.
 
     What a worker held when it died is left out, and the dataset goes on. Before a ``witness``,
     each actor holds one chunk at a time.
@@ -54,9 +57,9 @@ def scored(
         # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         if placement.decoders is not None:
-            dataset = mapped(dataset, Decoder, placement.decoders, run.bundle, row_seconds, witness)
+            dataset = mapped(dataset, Decoder, placement.decoders, run.bundle, limits, witness)
         scorer = run.bundle, run.fingerprint, out, run.embedding_dim is not None
-        arguments = *scorer, THREADS, row_seconds, witness
+        arguments = *scorer, THREADS, limits, witness
         dataset = mapped(dataset, Scorer, placement.scorers, *arguments)
     dataset.context.max_errored_blocks = -1
     return dataset

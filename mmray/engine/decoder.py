@@ -33,9 +33,12 @@ class Preparer:
     """What prepares rows in an actor: under an alarm; guarded where the actor has a witness, as
     then a row may kill."""
 
-    def __init__(self, preprocessor: Preprocessor, row_seconds: float, guarded: bool) -> None:
-        self._preprocessor, self._seconds = preprocessor, row_seconds
-        self._guard = guard.Guard(preprocessor, row_seconds) if guarded else None
+    def __init__(
+        self, preprocessor: Preprocessor, limits: tuple[float, int], guarded: bool
+    ) -> None:
+        self._seconds, max_pixels = limits
+        self._preprocessor = preprocessor.allowing(max_pixels)
+        self._guard = guard.Guard(self._preprocessor, self._seconds) if guarded else None
 
     def __call__(self, samples: Sequence[rows.Sample]) -> guard.Ready:
         if self._guard is not None:
@@ -44,9 +47,9 @@ class Preparer:
 
 
 class Decoder:
-    """Prepares what a Scorer will score; ``row_seconds`` and ``witness`` as there."""
+    """Prepares what a Scorer will score; ``limits`` and ``witness`` as there."""
 
-    def __init__(self, bundle: str, row_seconds: float, witness: Any = None) -> None:
+    def __init__(self, bundle: str, limits: tuple[float, int], witness: Any = None) -> None:
         import torch
 
         from mmray.bundle import load
@@ -58,7 +61,7 @@ class Decoder:
         self._refusal: str | None = None
         try:
             preprocessor = load(bundle).build_preprocessor()
-            self._prepare = Preparer(preprocessor, row_seconds, guarded=witness is not None)
+            self._prepare = Preparer(preprocessor, limits, guarded=witness is not None)
         except MmrayError as error:
             self._refusal = str(error)  # travels as a row, as a Scorer's does
 

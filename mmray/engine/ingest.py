@@ -69,6 +69,7 @@ class ReadOptions:
     chunk_rows: int = CHUNK_ROWS
     chunk_bytes: int = CHUNK_BYTES
     scattered: bool = False  # chunks go on over rows that are left out
+    max_image_bytes: int = rows.MAX_IMAGE_BYTES
 
 
 def chunks_dataset(
@@ -202,6 +203,7 @@ def _read_piece(root: str, piece: Piece, options: ReadOptions) -> Iterator[pa.Ta
         stop=piece.stop,
         skip=piece.skips if piece.covered else None,
         byte=piece.byte,
+        max_image_bytes=options.max_image_bytes,
     )
     began = time.perf_counter()
     chunk_rows = piece.chunk_rows or options.chunk_rows

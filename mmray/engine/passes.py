@@ -31,7 +31,7 @@ from mmray.engine.pieces import Piece, Plan, shared
 from mmray.engine.placement import place
 from mmray.errors import MmrayError, RunError
 from mmray.lease import Lease
-from mmray.report.progress import Console, Meter
+from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import Totals
 from mmray.scoring_run import Run
 from mmray.targets import Target
@@ -89,7 +89,11 @@ class Job(ABC):
         self.meter, self.totals = meter, Totals()  # of this command, and what it committed
         self.budget = Budget(out, options.max_errors, int(todo.sum()))
         self._parts = out  # where parts go: below PARTS there
-        self._read = ReadOptions(columns=options.columns, chunk_rows=run.chunk_rows)
+        self._read = ReadOptions(
+            columns=options.columns,
+            chunk_rows=run.chunk_rows,
+            max_image_bytes=options.caps.max_image_bytes,
+        )
         self._live: dict[int, InWork] = {}
         self._losses = Losses({})
         self._commits: list[Any] = []
@@ -126,6 +130,8 @@ class Job(ABC):
         self.meter.retries.update(COUNTS.take())
         self._console.show(self.meter.line, force=True)
         self._console.end()
+        if lost := self.meter.recovery_s:
+            self._console.say(f"{duration(lost)} of it went to rows that had lost their worker")
 
     def _run_passes(self, resources: cluster.Resources) -> None:
         stalled, lost = 0, None
@@ -227,8 +233,8 @@ class Job(ABC):
 
     def _one_pass(self, plan: Plan, resources: cluster.Resources, witness: Any) -> None:
         placement = place(resources, self._options.actors, self._options.decoders)
-        row_seconds = self._options.row_seconds
-        dataset = scored(self._run, self._parts, plan, self._read, placement, row_seconds, witness)
+        limits = self._options.row_seconds, self._options.caps.max_pixels
+        dataset = scored(self._run, self._parts, plan, self._read, placement, limits, witness)
         with running(dataset) as batches:
             for batch in batches:
                 for receipt in batch.to_pylist():

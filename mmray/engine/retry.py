@@ -31,7 +31,7 @@ from mmray.errors import ConfigError
 from mmray.lease import Lease
 from mmray.report.progress import Console, Meter, duration
 from mmray.report.summary import Totals, finished_summary, write_summary
-from mmray.scoring_run import RUN, Run, read_run
+from mmray.scoring_run import RUN, UNRAISED, Caps, Run, read_run, record_caps
 from mmray.targets import Target
 
 PLACE = "_run/retry"  # below OUT; a folder a command
@@ -46,18 +46,24 @@ def retry(
     actors: int | None = None,
     decoders: int | None = None,
     row_seconds: float = ROW_SECONDS,
+    caps: Caps = UNRAISED,
 ) -> dict[str, Any]:
     """Score the rows of OUT again that were set aside for a reason beginning with one of
     ``reasons`` (none: for any), with the bundle, archive and options of its run.
 
     ``max_errors`` is the share in [0, 1] of them that may be set aside again; ``actors``,
-    ``decoders`` and ``row_seconds`` as in ScoreOptions. Returns the new summary with ``retried``:
+    ``decoders`` and ``row_seconds`` as in ScoreOptions. Higher ``caps`` of pictures go into
+    ``run.json`` and hold for later retries too. Returns the new summary with ``retried``:
     how many ``rows`` were tried, ``scored`` and ``set_aside`` again. Raises NotFound when OUT holds
     no run, ConfigError when its bundle changed, StorageError, RunError past the error budget.
     """
     out = storage.absolute(out)
     options = ScoreOptions(
-        max_errors=max_errors, actors=actors, decoders=decoders, row_seconds=row_seconds
+        max_errors=max_errors,
+        actors=actors,
+        decoders=decoders,
+        row_seconds=row_seconds,
+        caps=caps,
     )
     COUNTS.take()  # an earlier command's
     read_run(out)  # before anything is written there
@@ -76,7 +82,8 @@ def _retry(
         return finished_summary(out, run, console) | {"retried": _counts(0, 0)}
     _check_bundle(run)
     columns = validate(Columns, run.config.get("columns") or {}, storage.join(out, RUN))
-    options = replace(options, columns=columns)
+    run = record_caps(out, run, options.caps)
+    options = replace(options, columns=columns, caps=run.caps)
     count = sum(len(one.rows) for one in tries.values())
     console.say(f"trying {count:,} rows of {len(tries):,} shards again that {out} set aside")
     job = _Retrying(out, run, tries, reasons, options, console, lease)

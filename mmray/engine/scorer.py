@@ -53,8 +53,9 @@ RECEIPT_SCHEMA = pa.schema(
 class Scorer:
     """Holds one Predictor; refuses to start when the bundle's golden pairs score otherwise.
 
-    A row that takes more than ``row_seconds`` to prepare ends the actor. A ``witness`` is told of
-    every chunk before it is scored, see ``losses``; rows are then prepared guarded.
+    A row that takes longer than the ``limits`` allow, see ``dataflow``, ends the actor. A
+    ``witness`` is told of every chunk before it is scored, see ``losses``; rows are then prepared
+    guarded.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Scorer:
         out: str,
         embeddings: bool,
         threads: int,
-        row_seconds: float,
+        limits: tuple[float, int],
         witness: Any = None,
     ) -> None:
         import torch
@@ -83,7 +84,7 @@ class Scorer:
             self._predictor = Predictor(loaded)
             self._predictor.check_golden()
             self._prepare = Preparer(
-                self._predictor.preprocessor, row_seconds, guarded=witness is not None
+                self._predictor.preprocessor, limits, guarded=witness is not None
             )
             if self._predictor.device.type == "cpu":
                 limit_memory()

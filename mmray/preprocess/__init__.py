@@ -69,6 +69,15 @@ class Preprocessor:
         self.missing = missing
         self._nothing_dropped = cfg.text.model_copy(update={"urls": "keep", "mentions": "keep"})
 
+    def allowing(self, max_pixels: int) -> Preprocessor:
+        """The same for pictures of up to so many pixels, if that is more: the cap says whether a
+        picture is read, not what comes out."""
+        if max_pixels <= self.cfg.image.max_pixels:
+            return self
+        image = self.cfg.image.model_copy(update={"max_pixels": max_pixels})
+        cfg = self.cfg.model_copy(update={"image": image})
+        return Preprocessor(cfg, self.tokenizer, self.modalities, self.missing)
+
     def prepare(self, sample: Sample) -> Prepared:
         """The pair's pixels and tokens, from any thread; raises BadRow, and nothing else but
         MemoryError, when the model cannot be given them.

@@ -72,6 +72,7 @@ class Totals:
             "bundle": run.bundle,
             "fingerprint": run.fingerprint,
             "trial": run.trial,
+            "caps": run.config.get("caps"),
             "shards": len(run.targets),
             **{name: self._counts[name] for name in COUNTS},
             "reasons": dict(self._reasons.most_common()),
@@ -165,6 +166,8 @@ def render(summary: Mapping[str, Any]) -> str:
         ("last command took", "?" if seconds is None else duration(seconds)),
         ("rows a second", "?" if rate is None else f"{rate:,.0f}"),
     ]
+    if lost := summary.get("recovery_s"):
+        facts.append(("of it for what lost its worker", duration(lost)))
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>mmray scoring run</title>",
         f"<style>{_STYLE}</style><h1>Scoring run</h1><div class=facts>",
@@ -181,6 +184,7 @@ def render(summary: Mapping[str, Any]) -> str:
             f"<dt>{name}</dt><dd><code>{escape(str(summary[name]))}</code></dd>"
             for name in ("archive", "bundle", "fingerprint", "run_id")
         ),
+        _caps(summary.get("caps") or {}),
         "</dl></html>",
     ]
     return "\n".join(parts)
@@ -197,6 +201,12 @@ def _bars(title: str, counts: Mapping[str, float], kind: str) -> str:
         for name, count in counts.items()
     ]
     return f"<h2>{title}</h2><table class={kind}>{''.join(lines)}</table>"
+
+
+def _caps(caps: Mapping[str, int]) -> str:
+    """Those that a retry raised."""
+    raised = ", ".join(f"{name} {value:,}" for name, value in caps.items() if value)
+    return f"<dt>caps raised by a retry</dt><dd>{escape(raised)}</dd>" if raised else ""
 
 
 def _problems(problems: Sequence[Mapping[str, str]]) -> str:
