@@ -50,7 +50,7 @@ NOTICED_SAVE_SECONDS = 10.0  # between checkpoints after it
 # A report returns before its checkpoint is on record, and what is on record names its best: the
 # weights that were the best before stay until a few more checkpoints were handed over.
 KEEP_BESTS = 4
-DROPOUT, AUGMENT = 0, 1  # a step's streams of random numbers
+DROPOUT, AUGMENT, DROP_MODALITIES = 0, 1, 2  # a step's streams of random numbers
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 
 
@@ -268,6 +268,7 @@ class _Worker:
             cfg,
             objective=self.objective,
             rows=total / self.world if own else math.inf,  # one that stands in weighs nothing
+            drops=self._drops(own, total),
         )
         if self.ema is not None:
             self.ema.update(self.plain, number)
@@ -280,15 +281,27 @@ class _Worker:
         return loss, stop > 0, save > 0 or noticed
 
     def _augmented(self, batch: Batch, own: int, total: int) -> Batch:
-        """The batch, changed as the config says. Drawn for the whole step: a row's picture does not
-        depend on the number of workers."""
+        """The batch, changed as the config says."""
         changes = self.cfg.train.augment
         if not changes.changes or batch.pixels is None:
             return batch
-        draws = augment.draw(total, learn.mixed(self.cfg.seed, AUGMENT, self._number()))
-        at = np.array_split(np.arange(total), self.world)[self.rank]
-        draws = draws[at] if own else draws[:1]
+        drawn = augment.draw(total, learn.mixed(self.cfg.seed, AUGMENT, self._number()))
+        draws = self._share(drawn, own)
         return replace(batch, pixels=augment.augment(batch.pixels, draws, changes))
+
+    def _drops(self, own: int, total: int) -> Tensor | None:
+        """Draws that decide which rows lose a modality."""
+        if not self.cfg.train.modality_dropout:
+            return None
+        seed = learn.mixed(self.cfg.seed, DROP_MODALITIES, self._number())
+        drawn = torch.rand(total, 2, generator=torch.Generator().manual_seed(seed))
+        return self._share(drawn, own)
+
+    def _share(self, drawn: Tensor, own: int) -> Tensor:
+        """This rank's part of what was drawn for all rows of a step: what becomes of a row does not
+        depend on the number of workers."""
+        at = np.array_split(np.arange(len(drawn)), self.world)[self.rank]
+        return drawn[at] if own else drawn[:1]
 
     def _wants(self) -> list[float]:
         """What rank 0 wants of all: to stop, to save, to look for a notice."""
