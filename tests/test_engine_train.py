@@ -165,7 +165,12 @@ def test_a_finished_run_leaves_its_history_and_nothing_to_do(
     """A repeated command must neither train again nor fail a script."""
     place = Path(f"{undisturbed.bundle}.run")
     names = {path.relative_to(place).parts[0] for path in place.rglob("*") if path.is_file()}
-    assert names == {"history.json", "logs", "run.json"}
+    assert names == {"history.json", "last.safetensors", "logs", "run.json"}
+    best = safetensors.torch.load(Path(undisturbed.bundle, bundles.WEIGHTS).read_bytes())
+    last = safetensors.torch.load((place / "last.safetensors").read_bytes())
+    assert {name: tensor.shape for name, tensor in last.items()}.items() <= {
+        name: tensor.shape for name, tensor in best.items()
+    }.items()
     history = json.loads((place / "history.json").read_text())
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2, 3, 4]
     lines: list[str] = []
@@ -261,13 +266,15 @@ def test_a_job_killed_with_all_its_processes_goes_on_inside_the_epoch(
 
     result = json.loads((tmp_path / "result.json").read_text())
     (line,) = (line for line in result["lines"] if line.startswith("going on from a checkpoint"))
-    # A checkpoint may not be on record yet when the next step begins.
-    assert line.endswith(("epoch 2 of 4, step 2 of 8 done", "epoch 2 of 4, step 3 of 8 done"))
+    # A worker hands over a checkpoint when the one before is taken, and that is then put on record:
+    # of the three of this epoch, the last two may not be.
+    done = [f"epoch 2 of 4, step {step} of 8 done" for step in (1, 2, 3)]
+    assert line.endswith(tuple(done)), line
     np.testing.assert_allclose(result["losses"], losses(undisturbed), rtol=1e-3)
     before, after = (taken for _, taken in sorted(learned(tmp_path).items()))
     assert max(before) == (1, 2) and max(after) == (3, 7)
     again = before.keys() & after.keys()
-    assert len(again) <= 1 and all(before[at] == after[at] for at in again)
+    assert len(again) <= 2 and all(before[at] == after[at] for at in again)
     for epoch in range(4):
         rows = [row for (at, _), found in (before | after).items() if at == epoch for row in found]
         assert len(rows) == len(set(rows)) == 57
@@ -303,7 +310,8 @@ def test_a_worker_killed_while_training_from_s3_to_s3_costs_a_checkpoint_at_most
     np.testing.assert_allclose(losses(done), losses(undisturbed), rtol=1e-3)
     assert bundles.load(f"{bucket}/bundle").labels == bundles.load(undisturbed.bundle).labels
     left = {item.path for item in storage.list_objects(f"{bucket}/bundle.run")}
-    assert {path.split("/")[0] for path in left} == {"history.json", "logs", "run.json"}
+    kept = {"history.json", "last.safetensors", "logs", "run.json"}
+    assert {path.split("/")[0] for path in left} == kept
 
 
 def test_grows_with_the_cluster_and_shrinks_after_a_notice(
