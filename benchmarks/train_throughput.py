@@ -4,15 +4,15 @@
 
 The same pairs (JPEGs of 512 px), model, precision, batch and number of workers; two models:
 MobileNetV3-small with a small text transformer at 224 px, and the classic small model of
-jobs/configs at 128 px. Four ways, in turns within one run, so that whatever else the machine does
+jobs/configs at 128 px. Five ways, in turns within one run, so that whatever else the machine does
 falls on all of them; ratios are taken within a round, and their median counts. Rates are in steady
 state: the median over the epochs after the first, evaluation, checkpoints and start left out.
 
 ``mmray``: as it is, with the decoded rows kept. ``mmray_again``: as if a third of the rows fitted,
 so that they are decoded in every epoch. ``torchrun``: JPEGs decoded in every epoch, as people write
-it (`_ddp.py`). ``torchrun_kept``: the same, decoded once. ``--loaders`` is the number of DataLoader
-workers a rank. ``--json`` gives the worst ratios over the models, and mmray's longest share of time
-spent waiting for data.
+it (`_ddp.py`), in the training process itself. ``torchrun_loaders``: the same with ``--loaders``
+DataLoader workers a rank beside it. ``torchrun_kept``: the same, decoded once. ``--json`` gives the
+worst ratios over the models, and mmray's longest share of time spent waiting for data.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import yaml
 from _corpus import write_labelled
 
-ARMS = ("mmray", "torchrun", "mmray_again", "torchrun_kept")
+ARMS = ("mmray", "torchrun", "mmray_again", "torchrun_loaders", "torchrun_kept")
 MODELS = ("mobilenet", "classic")
 SIDE = 512  # px, of the JPEGs
 DEV_ROWS = 32
@@ -66,10 +66,11 @@ def run(arm: str, model: str, archive: Path, args: argparse.Namespace) -> dict[s
         if arm.startswith("mmray"):
             command = [sys.executable, "-m", "mmray", "train", str(path), "--json"]
         else:
+            loaders = args.loaders if arm == "torchrun_loaders" else 0
             command = [
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", str(args.workers), str(Path(__file__).with_name("_ddp.py")),
-                str(path), "--loaders", str(args.loaders), *(["--keep"] if "kept" in arm else []),
+                str(path), "--loaders", str(loaders), *(["--keep"] if "kept" in arm else []),
             ]  # fmt: skip
         threads = max(1, (os.cpu_count() or 1) // args.workers)
         environment = {**os.environ, "RAY_ADDRESS": "local", "OMP_NUM_THREADS": str(threads)}
@@ -92,7 +93,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="turns of every arm (default 1)")
     parser.add_argument("--batch", type=int, default=64, help="rows a step, over all workers")
     parser.add_argument("--workers", type=int, default=2, help="training processes (default 2)")
-    parser.add_argument("--loaders", type=int, default=0, help="DataLoader workers of a rank")
+    parser.add_argument(
+        "--loaders", type=int, default=1, help="DataLoader workers of a rank (default 1)"
+    )
     parser.add_argument("--arms", default=",".join(ARMS), help="by comma")
     parser.add_argument("--models", default=",".join(MODELS), help="by comma")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -131,7 +134,14 @@ def _case(model: str, archive: Path, arms: list[str], args: argparse.Namespace) 
 
 def _worst(cases: list[dict[str, Any]]) -> dict[str, float]:
     """mmray over the other ways, and its waiting, with the model that suits it least."""
-    pairs = [("mmray", "torchrun"), ("mmray", "torchrun_kept"), ("mmray_again", "torchrun")]
+    pairs = [
+        ("mmray", "torchrun"),
+        ("mmray", "torchrun_loaders"),
+        ("mmray", "torchrun_kept"),
+        ("mmray_again", "mmray"),
+        ("mmray_again", "torchrun"),
+        ("mmray_again", "torchrun_loaders"),
+    ]
     worst = {}
     for one, other in pairs:
         ratios = [

@@ -90,19 +90,21 @@ def collate(prepared: Sequence[Prepared], labels: Sequence[int] | None = None) -
     return Batch(pixels, tokens, mask, targets, pictured)
 
 
-def drop_modalities(batch: Batch, share: float) -> Batch:
+def drop_modalities(batch: Batch, share: float, draws: Tensor | None = None) -> Batch:
     """``batch`` without the picture or the caption, never both, of about ``share`` of the rows that
-    have both; torch's seed decides which."""
+    have both. ``draws``: float32 [B, 2] in [0, 1), on the CPU, decide which: those of a row whether
+    it loses one, and which one; by default torch's seed does."""
     if not share or batch.pixels is None or batch.mask is None:
         return batch
     device, rows = batch.mask.device, len(batch)
+    if draws is None:
+        draws = torch.rand(rows, 2)  # on the CPU: the same rows, then, on every device
     pictured_B = torch.ones(rows, dtype=torch.bool, device=device)
     if batch.pictured is not None:
         pictured_B = batch.pictured
-    # Drawn on the CPU: the same rows, then, on every device.
-    dropped_B, of_images_B = (torch.rand(rows) < p for p in (share, 0.5))
-    dropped_B = dropped_B.to(device) & pictured_B & batch.mask.any(1)
-    images_B = dropped_B & of_images_B.to(device)
+    dropped_B, of_images_B = (draws < torch.tensor([share, 0.5])).to(device).unbind(1)
+    dropped_B = dropped_B & pictured_B & batch.mask.any(1)
+    images_B = dropped_B & of_images_B
     mask_BL = batch.mask & ~(dropped_B & ~images_B).unsqueeze(1)
     return replace(batch, mask=mask_BL, pictured=pictured_B & ~images_B)
 
@@ -212,6 +214,7 @@ def train_step(
     *,
     objective: Objective | None = None,
     rows: float | None = None,
+    drops: Tensor | None = None,
 ) -> StepResult:
     """Forward, backward, clip, step at learning rate ``lr`` (of the new parts; backbones scale it).
 
@@ -220,13 +223,13 @@ def train_step(
     each). The loss summed over the batch is divided by ``rows``,
     by default the batch's. DistributedDataParallel takes the mean over processes: with ``rows`` the
     rows of all of them over their number, every row weighs the same however unevenly they are
-    spread; with infinity the batch weighs nothing.
+    spread; with infinity the batch weighs nothing. ``drops`` are the draws of ``drop_modalities``.
 
     The batch is taken in ``cfg.accumulate`` parts, whose gradients add up to the whole's: less
     memory, the same step, but that batch norm sees the parts (and learns nothing from parts of one
     row).
     """
-    batch = drop_modalities(batch, cfg.modality_dropout)
+    batch = drop_modalities(batch, cfg.modality_dropout, drops)
     assert batch.labels is not None
     if objective is None:
         objective = Objective(label_smoothing=cfg.label_smoothing, focal_gamma=cfg.focal_gamma)

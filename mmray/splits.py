@@ -14,7 +14,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,21 +66,28 @@ SMALL_GROUP = 5
 # --- identity ------------------------------------------------------------------------------------
 
 
-def identify(samples: Iterable[Sample], data: Data, task: Task = "classify") -> pa.Table:
+def identify(
+    samples: Sequence[Sample],
+    data: Data,
+    task: Task = "classify",
+    hashes: Sequence[bytes | None] | None = None,
+) -> pa.Table:
     """The ``IDENTITY_SCHEMA`` table of some samples, read with the ``identity_fields`` of ``data``.
 
     96 bytes a row stand for its content, so millions of rows fit in one process. Pictures are
-    decoded for their hashes, small; where ``data.near`` is 0 they are not.
+    decoded for their hashes, small, unless these are given; where ``data.near`` is 0 they are not.
     """
+    if hashes is None:
+        hashes = [picture_hash(sample) if data.near else None for sample in samples]
     columns: list[list[Any]] = [[] for _ in IDENTITY_SCHEMA]
-    for sample in samples:
+    for sample, picture in zip(samples, hashes, strict=True):
         row = (
             sample.shard,
             sample.row,
             read_label(sample.fields.get(data.label), task, data.label_separator),
             _field(sample, data.split),
             _digest(sample.image),
-            perceptual_hash(sample.image) if data.near and sample.image else None,
+            picture,
             _digest(_encoded(normal_caption(sample.caption or ""))),
             _digest(_encoded(_field(sample, data.group) or "")),
             _field(sample, data.negatives_within),
@@ -90,6 +97,11 @@ def identify(samples: Iterable[Sample], data: Data, task: Task = "classify") -> 
             column.append(value)
     arrays = [pa.array(c, type=f.type) for c, f in zip(columns, IDENTITY_SCHEMA, strict=True)]
     return pa.Table.from_arrays(arrays, schema=IDENTITY_SCHEMA)
+
+
+def picture_hash(sample: Sample) -> bytes | None:
+    """The perceptual hash of a sample's picture, where it has one."""
+    return perceptual_hash(sample.image) if sample.image else None
 
 
 def identity_fields(data: Data, task: Task = "classify") -> tuple[str, ...]:

@@ -468,6 +468,25 @@ def test_one_two_and_three_workers_learn_the_same_and_count_the_same(
             torch.testing.assert_close(got[name], tensor, rtol=1e-2, atol=1e-4)
 
 
+def test_any_number_of_workers_drops_the_modalities_of_the_same_rows(
+    ranks: ProcessPoolExecutor, preprocessor: Preprocessor, tmp_path: Path
+) -> None:
+    """Else models differ by the number of workers, and a run that goes on with another number is
+    not the run that began."""
+    keys = {"modality_dropout": 0.5, "epochs": 2}
+    one = rank_of(1, 0, steady_job(tmp_path / "1", preprocessor, **keys))
+    other = rank_of(
+        1, 0, steady_job(tmp_path / "none", preprocessor, **keys | {"modality_dropout": 0.0})
+    )
+    assert not np.allclose(measured(other), measured(one), rtol=1e-3)
+    for world in (2, 3):
+        done = run_ranks(ranks, world, steady_job(tmp_path / str(world), preprocessor, **keys))
+        np.testing.assert_allclose(measured(done), measured(one), rtol=1e-4)
+        expected, got = weights(tmp_path / "1", one), weights(tmp_path / str(world), done)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(got[name], tensor, rtol=1e-2, atol=1e-4)
+
+
 def test_a_worker_killed_in_mid_epoch_costs_nothing_but_time(
     ranks: ProcessPoolExecutor, preprocessor: Preprocessor, tmp_path: Path
 ) -> None:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tiny
+from runs import content
 from sklearn import metrics as sk
 
 from mmray import bundle as bundles
@@ -21,15 +22,18 @@ from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
 from mmray.config import TrainConfig, load, validate
 from mmray.engine import cluster, evaluator
+from mmray.engine.asked import ScoreOptions
 from mmray.engine.choice import Chosen
 from mmray.engine.evaluate import PREDICTIONS, _metrics, evaluate
 from mmray.engine.evaluator import CHOSEN, Asked, Evaluator, own_caption
 from mmray.engine.negatives import find_negatives, other_captions
 from mmray.engine.scan import SCANNED_SCHEMA, LabelledRows, unpack_table
+from mmray.engine.score import score
 from mmray.engine.train import train
 from mmray.errors import ConfigError
 from mmray.predict import Predictor, golden_table
 from mmray.report.evaluation import table
+from mmray.report.progress import Console
 
 COLOURS = {"red": (220, 30, 30), "green": (20, 180, 40), "blue": (30, 40, 220)}
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +157,8 @@ def test_an_evaluation_shows_every_row_with_its_own_and_with_another_caption(
     others = other_captions(rows_there, wanted.mask(rows_there), data=cfg.data, seed=0)
     asked = Asked("match", "label", cfg.data, wanted)
     monkeypatch.setattr(evaluator, "ray", SimpleNamespace(get=lambda x: x))
-    actor = Evaluator(str(tmp_path / "match"), bundle.fingerprint, asked, (others,))
+    careful: Any = SimpleNamespace(prepare_all=lambda does, samples: does.prepare_all(samples))
+    actor = Evaluator(str(tmp_path / "match"), bundle.fingerprint, asked, (others,), careful)
     parts = [samples[start : start + 7] for start in range(0, len(samples), 7)]
     tables = [unpack_table(actor._receipt("", part)["payload"]) for part in parts]
     found = pa.concat_tables(tables)
@@ -288,3 +293,42 @@ def test_several_labels_a_row_from_lists_to_figures(
     assert not true.any(1).all()  # rows without any label count, too
     assert metrics["accuracy"] == pytest.approx(sk.accuracy_score(true, given))
     assert metrics["macro_f1"] == pytest.approx(sk.f1_score(true, given, average="macro"))
+
+
+def test_pairs_that_lack_a_picture_or_a_caption_go_all_the_way(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    """Trained by two workers, counted by what is there, scored: none is set aside but the pair
+    that has neither."""
+    found = dict(tiny.members(80))
+    for i in range(80):
+        found[f"{i:05d}.txt"] = f"{tiny.caption(i)} {tiny.LABELS[i % 2]}".encode()
+        if i % 3 == 0 or i == 41:
+            del found[f"{i:05d}.jpg"]
+        elif i % 4 == 1:
+            del found[f"{i:05d}.txt"]
+    del found["00041.txt"]
+    archive = str(tmp_path / "archive")
+    tiny.write_tar(tmp_path / "archive" / "0.tar", found.items())
+    there = {
+        "both": [i for i in range(80) if i % 3 and i % 4 != 1],
+        "picture only": [i for i in range(80) if i % 3 and i % 4 == 1 and i != 41],
+        "caption only": [i for i in range(80) if i % 3 == 0],
+    }
+
+    tree = config(archive, tmp_path / "out", "classify").model_dump(mode="json")
+    tree["model"]["missing"], tree["train"]["modality_dropout"] = True, 0.3
+    done = train(validate(TrainConfig, tree, "test"), progress=lambda _: None)
+    assert bundles.load(done.bundle).training.split["set_aside"] == {"neither image nor caption": 1}
+    metrics = evaluate(done.bundle, archive, out=str(tmp_path / "metrics"), progress=lambda _: None)
+    for name in ("rows", "confusion", "accuracy", "macro_f1", "auroc"):
+        assert metrics[name] == done.metrics["dev"][name], name
+    counted = {kind: part["rows"] for kind, part in metrics["availability"].items()}
+    assert counted == {kind: sum(i % 5 == 0 for i in at) for kind, at in there.items()}
+
+    summary = score(done.bundle, archive, str(tmp_path / "scores"), ScoreOptions(), Console())
+    assert (summary["rows"], summary["set_aside"]) == (80, 1)
+    (scores,) = content(tmp_path / "scores").values()
+    labels = dict(zip(scores["row"].to_pylist(), scores["label"].to_pylist(), strict=True))
+    given = pq.read_table(tmp_path / "metrics" / PREDICTIONS).to_pylist()
+    assert {row["row"]: row["label"] for row in given}.items() <= labels.items()

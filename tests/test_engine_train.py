@@ -17,6 +17,7 @@ import elastic
 import numpy as np
 import pytest
 import safetensors.torch
+import sitting
 import tiny
 import torch
 from conftest import Endpoint
@@ -164,7 +165,12 @@ def test_a_finished_run_leaves_its_history_and_nothing_to_do(
     """A repeated command must neither train again nor fail a script."""
     place = Path(f"{undisturbed.bundle}.run")
     names = {path.relative_to(place).parts[0] for path in place.rglob("*") if path.is_file()}
-    assert names == {"history.json", "logs", "run.json"}
+    assert names == {"history.json", "last.safetensors", "logs", "run.json"}
+    best = safetensors.torch.load(Path(undisturbed.bundle, bundles.WEIGHTS).read_bytes())
+    last = safetensors.torch.load((place / "last.safetensors").read_bytes())
+    assert {name: tensor.shape for name, tensor in last.items()}.items() <= {
+        name: tensor.shape for name, tensor in best.items()
+    }.items()
     history = json.loads((place / "history.json").read_text())
     assert [epoch["epoch"] for epoch in history["epochs"]] == [1, 2, 3, 4]
     lines: list[str] = []
@@ -228,6 +234,52 @@ def test_told_to_end_it_goes_on_where_it_was_with_another_number_of_workers(
     assert done.metrics["dev"]["confusion"] == undisturbed.metrics["dev"]["confusion"]
 
 
+def test_a_job_killed_with_all_its_processes_goes_on_inside_the_epoch(
+    undisturbed: TrainResult, archive: Path, backbone: Path, tmp_path: Path
+) -> None:
+    """SIGKILL for driver, Ray and workers alike, as when the machine loses power; the same command
+    with one worker instead of two learns from the rows that are left, and ends where the
+    undisturbed run does."""
+
+    def begun(workers: int, *end: int) -> subprocess.Popen[bytes]:
+        cfg = steady(archive, tmp_path / "out", backbone, train__num_workers=workers)
+        return subprocess.Popen(
+            [sys.executable, sitting.__file__, cfg.model_dump_json(), tmp_path, *map(str, end)],
+            start_new_session=True,
+            env={**os.environ, "RAY_ADDRESS": "local"},
+        )
+
+    first = begun(2, 1, 3)
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "there").exists():
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        sitting.kill_session(first.pid)
+        first.wait()
+    second = begun(1)
+    try:
+        assert second.wait(300) == 0
+    finally:
+        sitting.kill_session(second.pid)
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    (line,) = (line for line in result["lines"] if line.startswith("going on from a checkpoint"))
+    # A worker hands over a checkpoint when the one before is taken, and that is then put on record:
+    # of the three of this epoch, the last two may not be.
+    done = [f"epoch 2 of 4, step {step} of 8 done" for step in (1, 2, 3)]
+    assert line.endswith(tuple(done)), line
+    np.testing.assert_allclose(result["losses"], losses(undisturbed), rtol=1e-3)
+    before, after = (taken for _, taken in sorted(learned(tmp_path).items()))
+    assert max(before) == (1, 2) and max(after) == (3, 7)
+    again = before.keys() & after.keys()
+    assert len(again) <= 2 and all(before[at] == after[at] for at in again)
+    for epoch in range(4):
+        rows = [row for (at, _), found in (before | after).items() if at == epoch for row in found]
+        assert len(rows) == len(set(rows)) == 57
+
+
 def test_a_worker_killed_while_training_from_s3_to_s3_costs_a_checkpoint_at_most(
     undisturbed: TrainResult,
     s3_endpoint: Endpoint,
@@ -258,7 +310,8 @@ def test_a_worker_killed_while_training_from_s3_to_s3_costs_a_checkpoint_at_most
     np.testing.assert_allclose(losses(done), losses(undisturbed), rtol=1e-3)
     assert bundles.load(f"{bucket}/bundle").labels == bundles.load(undisturbed.bundle).labels
     left = {item.path for item in storage.list_objects(f"{bucket}/bundle.run")}
-    assert {path.split("/")[0] for path in left} == {"history.json", "logs", "run.json"}
+    kept = {"history.json", "last.safetensors", "logs", "run.json"}
+    assert {path.split("/")[0] for path in left} == kept
 
 
 def test_grows_with_the_cluster_and_shrinks_after_a_notice(

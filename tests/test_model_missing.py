@@ -174,6 +174,11 @@ def test_modality_dropout_takes_one_side_of_some_pairs_and_the_same_ones_again()
     torch.manual_seed(2)
     assert not torch.equal(drop_modalities(batch, 0.4).pictured, pictured)  # type: ignore[arg-type]
     assert drop_modalities(batch, 0.0) is batch
+    draws = torch.tensor([[0.39, 0.4], [0.39, 0.6], [0.41, 0.4]])
+    given = drop_modalities(collate(rows(*[BOTH] * 3)), 0.4, draws)
+    assert given.pictured is not None and given.mask is not None
+    assert given.pictured.tolist() == [False, True, True]
+    assert given.mask.any(1).tolist() == [True, False, True]
 
 
 def test_what_cannot_be_is_refused() -> None:

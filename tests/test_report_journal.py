@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -76,8 +77,13 @@ class Server:
         self.runs[run]["metrics"] += [(m.key, m.value, m.step) for m in metrics]
         self.runs[run]["params"] |= {p.key: p.value for p in params}
 
-    def set_terminated(self, run: str) -> None:
-        self.runs[run]["done"] = True
+    def update_run(self, run: str, *, status: str) -> None:
+        self.runs[run]["status"] = status
+
+    def set_terminated(self, run: str, status: str) -> None:
+        if self.down:
+            raise Lost("connection refused")
+        self.runs[run]["status"] = status
 
 
 @pytest.fixture
@@ -112,8 +118,6 @@ def test_mlflow_gets_config_and_curves_and_a_resumed_run_goes_on_in_its_own(
     assert server.runs["run0"]["metrics"] == [("dev/loss", 0.25, 3)]
     assert journal.open_tracking(cfg, "/place/out.run", resumed=True) == tracked
     assert journal.open_tracking(cfg, "/place/other.run", resumed=True) == (tracked[0], "run1")
-    journal.close_tracking(tracked)
-    assert server.runs["run0"]["done"]
 
 
 def test_a_tracking_server_that_goes_away_costs_its_curves_only(server: Server) -> None:
@@ -128,6 +132,47 @@ def test_a_tracking_server_that_goes_away_costs_its_curves_only(server: Server) 
     assert "MLflow gets no more of this run: connection refused" in line
     with pytest.raises(ConfigError, match=r"train\.mlflow: http://there: connection refused"):
         journal.open_tracking(cfg, "/place/out.run", resumed=False)
+
+
+def test_a_tracked_run_ends_as_its_training_does_and_goes_on_with_it(server: Server) -> None:
+    """A run that seems to go on for ever, or to have ended well, misleads who compares runs."""
+    cfg, said = config(mlflow="http://there"), []
+
+    def run(ends: BaseException | None, *, resumed: bool = False) -> None:
+        with journal.tracking(cfg, "/place", resumed=resumed, say=said.append) as tracked:
+            assert tracked is not None
+            assert server.runs[tracked[1]].get("status", "RUNNING") == "RUNNING"
+            if ends is not None:
+                raise ends
+
+    with pytest.raises(KeyboardInterrupt):
+        run(KeyboardInterrupt())
+    assert server.runs["run0"]["status"] == "KILLED"
+    with pytest.raises(ConfigError):
+        run(ConfigError("a"), resumed=True)
+    assert server.runs["run0"]["status"] == "FAILED"
+    run(None, resumed=True)
+    assert server.runs["run0"]["status"] == "FINISHED" and not said
+
+
+@pytest.mark.parametrize("ends", [None, KeyboardInterrupt()])
+def test_a_tracking_server_lost_at_the_end_does_not_fail_a_finished_training(
+    ends: BaseException | None, server: Server
+) -> None:
+    """Hours of training would be reported as failed; or a stop as something else."""
+    said: list[str] = []
+    with contextlib.ExitStack() as stack:
+        if ends is not None:
+            stack.enter_context(pytest.raises(type(ends)))
+        tracking = journal.tracking(
+            config(mlflow="http://there"), "/place", resumed=False, say=said.append
+        )
+        with tracking:
+            server.down = True
+            if ends is not None:
+                raise ends
+    (line,) = said
+    assert "MLflow was not told that this run is" in line and "connection refused" in line
 
 
 def test_mlflow_that_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,15 +64,19 @@ def save_bundle(
         task=cfg.task,
         training=Training(data=cfg.data, seed=cfg.seed, train=cfg.train, split=split),
     )
-    return bundle.save(cfg.out, golden=golden_table(bundle, _golden_samples(plan, data)))
+    return bundle.save(cfg.out, golden=golden_table(bundle, _golden_samples(plan, data, ready)))
 
 
-def _golden_samples(plan: Plan, data: LabelledRows) -> list[rows.Sample]:
-    """Dev rows as the archive holds them: the first ones, and the first of every label."""
+def _golden_samples(plan: Plan, data: LabelledRows, ready: PreparedSet) -> list[rows.Sample]:
+    """Dev rows as the archive holds them: the first ones, and the first of every label. None that
+    was set aside: it might crash its decoder."""
+    aside = {(shard, row) for shard, row, *_ in ready.aside}
     dev = data.rows.filter(pc.equal(data.split.sides, splits.DEV))
     wanted: dict[str, set[int]] = {}
     seen: set[str] = set()
-    for i, record in enumerate(dev.select(["shard", "row", "label"]).to_pylist()):
+    records = dev.select(["shard", "row", "label"]).to_pylist()
+    kept = (record for record in records if (record["shard"], record["row"]) not in aside)
+    for i, record in enumerate(kept):
         if i < GOLDEN_CANDIDATES or record["label"] not in seen:
             wanted.setdefault(record["shard"], set()).add(record["row"])
             seen.add(record["label"])

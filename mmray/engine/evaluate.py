@@ -26,6 +26,7 @@ from mmray.archive.shards import Shard
 from mmray.bundle import Manifest, read_manifest
 from mmray.counts import AnswerCounts
 from mmray.engine import cluster
+from mmray.engine.careful import Careful
 from mmray.engine.choice import AUTO, Chosen, choose_rows, held_out, split_data
 from mmray.engine.evaluator import (
     CHOSEN,
@@ -168,7 +169,7 @@ def _predict(
         batch_size=1,
         batch_format="pyarrow",
         zero_copy_batch=True,
-        fn_constructor_args=(bundle, manifest.fingerprint, asked, shared),
+        fn_constructor_args=(bundle, manifest.fingerprint, asked, shared, Careful()),
         compute=pool.strategy(pieces=len(shards)),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,

@@ -12,6 +12,7 @@ import ray
 
 from mmray.archive import rows
 from mmray.config import Data, Task
+from mmray.engine.careful import Careful
 from mmray.engine.choice import Chosen
 from mmray.engine.negatives import Other
 from mmray.engine.scan import map_chunks, pack_table
@@ -82,7 +83,12 @@ class Evaluator:
     """
 
     def __init__(
-        self, bundle: str, fingerprint: str, asked: Asked, others: tuple[Any] | None
+        self,
+        bundle: str,
+        fingerprint: str,
+        asked: Asked,
+        others: tuple[Any] | None,
+        careful: Careful,
     ) -> None:
         import torch
 
@@ -90,7 +96,7 @@ class Evaluator:
         from mmray.predict import Predictor
 
         torch.set_num_threads(1)
-        self._asked = asked
+        self._asked, self._careful = asked, careful
         self._others = {} if others is None else ray.get(others[0])
         self._refusal: str | None = None
         try:
@@ -133,7 +139,8 @@ class Evaluator:
             for i, sample in enumerate(samples)
             if chosen[i] and (known[i] or sample.error is not None)
         ]
-        left, prepared = self._predictor.preprocessor.prepare_all(samples[i] for i in at)
+        preprocessor = self._predictor.preprocessor
+        left, prepared = self._careful.prepare_all(preprocessor, [samples[i] for i in at])
         scored = self._predictor.score(left, prepared).table
         place = dict(zip(at, range(len(at)), strict=True))
         there = {i: _there(pair) for i, pair in zip(at, prepared, strict=True) if pair is not None}

@@ -13,7 +13,7 @@ import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 from ray import cloudpickle
 from ray._common.utils import get_system_memory
@@ -30,6 +30,13 @@ CHILD_BYTES = 4 << 30
 GiB = 1 << 30
 
 Ready = tuple[list[Sample], list[Prepared | None]]
+
+
+class Prepares(Protocol):
+    """A Preprocessor, or what else may crash on a row. It travels to the child."""
+
+    def prepare(self, sample: Sample) -> Any:
+        """Something of a sample; raises BadRow."""
 
 
 def limit_memory() -> None:
@@ -60,11 +67,23 @@ def prepare_alarmed(preprocessor: Preprocessor, samples: Sequence[Sample], secon
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def alarmed(does: Prepares, sample: Sample, seconds: float) -> Any:
+    """What ``does.prepare`` gives or the BadRow that it raises; one that takes more than
+    ``seconds`` ends this process."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return does.prepare(sample)
+    except BadRow as bad:
+        return bad
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 class Guard:
     """``Preprocessor.prepare_all`` in a child process that may die."""
 
     def __init__(
-        self, preprocessor: Preprocessor, seconds: float, memory_bytes: int = CHILD_BYTES
+        self, preprocessor: Prepares, seconds: float, memory_bytes: int = CHILD_BYTES
     ) -> None:
         self._preprocessor, self._seconds, self._memory = preprocessor, seconds, memory_bytes
         self._child: Any = None
@@ -79,7 +98,7 @@ class Guard:
         left: list[Sample] = []
         prepared: list[Prepared | None] = []
         for sample in samples:
-            outcome = self._prepare(sample)
+            outcome = self.prepare(sample)
             if isinstance(outcome, BadRow):
                 left.append(replace(sample, error=str(outcome), error_stage=outcome.stage))
                 prepared.append(None)
@@ -88,7 +107,8 @@ class Guard:
                 prepared.append(outcome)
         return left, prepared
 
-    def _prepare(self, sample: Sample) -> Prepared | BadRow:
+    def prepare(self, sample: Sample) -> Any:
+        """What is prepared of a sample, or the BadRow it is."""
         pipe = self._pipe or self._start()
         try:
             pipe.send(sample)
@@ -98,10 +118,9 @@ class Guard:
             outcome = pipe.recv()
         except (EOFError, OSError):
             return BadRow("image", CRASHED, f"its process ended with {self._end()}")
-        if outcome is None:
+        if isinstance(outcome, MemoryError):
             self._end()
             return BadRow("image", TOO_MUCH_MEMORY, f"over {self._memory / GiB:g} GiB")
-        assert isinstance(outcome, (Prepared, BadRow))
         return outcome
 
     def _start(self) -> Connection:
@@ -152,4 +171,4 @@ def _serve(pipe: Connection, preprocessor: bytes, memory_bytes: int) -> None:
         except BadRow as error:
             pipe.send(error)
         except MemoryError:
-            pipe.send(None)
+            pipe.send(MemoryError())

@@ -32,11 +32,12 @@ from mmray.engine import checkpoint
 from mmray.engine.board import Voice
 from mmray.engine.checkpoint import State
 from mmray.engine.dev import Dev, summed
+from mmray.engine.draws import Draws
 from mmray.engine.feed import Feed
 from mmray.engine.frozen import FeatureRows, precompute
 from mmray.engine.negatives import Negatives
 from mmray.engine.prepared import PreparedRows
-from mmray.engine.rundir import LOGS, SOUP, best_name, epoch_name
+from mmray.engine.rundir import LAST, LOGS, SOUP, best_name, epoch_name
 from mmray.engine.telling import Teller
 from mmray.engine.windows import Ints
 from mmray.learn import Batch
@@ -50,7 +51,6 @@ NOTICED_SAVE_SECONDS = 10.0  # between checkpoints after it
 # A report returns before its checkpoint is on record, and what is on record names its best: the
 # weights that were the best before stay until a few more checkpoints were handed over.
 KEEP_BESTS = 4
-DROPOUT, AUGMENT = 0, 1  # a step's streams of random numbers
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 
 
@@ -94,6 +94,7 @@ class _Worker:
         context = ray.train.get_context()
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
+        self.draws = Draws(self.cfg.seed, self.rank, self.world)
         self.voice = Voice(job.board, job.say_seconds)
         blocks, size = ray.get(job.blocks), job.spec.image_size
         self.rows = [
@@ -173,7 +174,7 @@ class _Worker:
                 folder, self.job.tracked, first_step=self._number(), say=self.voice.say
             )
         rows = len(self.train_rows)
-        teller = Teller(self.voice, journal, cfg, steps=self.steps, rows=rows)
+        teller = Teller(self.voice, journal, self.cfg, steps=self.steps, rows=rows)
         if state != State():
             teller.line(
                 f"going on from a checkpoint: epoch {state.epoch + 1} of {cfg.epochs}, "
@@ -187,8 +188,10 @@ class _Worker:
         outcome = DONE
         while outcome == DONE and not self._ended():
             outcome = self._epoch()
-        if outcome == DONE and self.cfg.train.average == "soup":
-            self._soup()
+        if outcome == DONE:
+            self._keep(LAST, self.scored)
+            if self.cfg.train.average == "soup":
+                self._soup()
         self.teller.close()
         return {
             "outcome": outcome,
@@ -257,8 +260,7 @@ class _Worker:
         them, and whether to stop, and to save."""
         cfg, number = self.cfg.train, self._number()
         batch = self._augmented(batch, own, total)
-        # Dropout differs between ranks and steps, and is the same when a step is run again.
-        torch.manual_seed(learn.mixed(self.cfg.seed, DROPOUT, number * self.world + self.rank))
+        self.draws.begin(number)
         lr = learn.lr_at(number, cfg.epochs * self.steps, cfg)
         result = learn.train_step(
             self.model,
@@ -268,6 +270,7 @@ class _Worker:
             cfg,
             objective=self.objective,
             rows=total / self.world if own else math.inf,  # one that stands in weighs nothing
+            drops=self.draws.drops(number, own, total),
         )
         if self.ema is not None:
             self.ema.update(self.plain, number)
@@ -280,14 +283,11 @@ class _Worker:
         return loss, stop > 0, save > 0 or noticed
 
     def _augmented(self, batch: Batch, own: int, total: int) -> Batch:
-        """The batch, changed as the config says. Drawn for the whole step: a row's picture does not
-        depend on the number of workers."""
+        """The batch, changed as the config says."""
         changes = self.cfg.train.augment
         if not changes.changes or batch.pixels is None:
             return batch
-        draws = augment.draw(total, learn.mixed(self.cfg.seed, AUGMENT, self._number()))
-        at = np.array_split(np.arange(total), self.world)[self.rank]
-        draws = draws[at] if own else draws[:1]
+        draws = self.draws.changes(self._number(), own, total)
         return replace(batch, pixels=augment.augment(batch.pixels, draws, changes))
 
     def _wants(self) -> list[float]:

@@ -24,6 +24,7 @@ from mmray import splits
 from mmray.archive import rows
 from mmray.archive.shards import Shard
 from mmray.config import Columns, Modalities, Preprocess
+from mmray.engine.careful import Careful
 from mmray.engine.ingest import ReadOptions, chunks_dataset
 from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scan import (
@@ -36,7 +37,6 @@ from mmray.engine.scan import (
 )
 from mmray.engine.units import together
 from mmray.engine.windows import Ints
-from mmray.errors import BadRow
 from mmray.preprocess import Prepared, Preprocessor, TextTokenizer
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ def prepare(
             _prepare,
             wanted=ray.put(dict(wanted)),
             recipe=recipe,
+            careful=Careful(),
             keep_pixels=keep_pixels,
             board=board,
         ),
@@ -174,7 +175,7 @@ def prepare(
 
 
 def _prepare(
-    batch: pa.Table, *, wanted: Any, recipe: Recipe, keep_pixels: bool, board: Any
+    batch: pa.Table, *, wanted: Any, recipe: Recipe, careful: Careful, keep_pixels: bool, board: Any
 ) -> pa.Table:
     """Chunks -> ``BLOCK_SCHEMA``, a row a row."""
 
@@ -182,7 +183,7 @@ def _prepare(
         if board is not None:
             board.add.remote(len(samples))
         ours = wanted_in(wanted)[shard]
-        return prepare_chunk(shard, samples, ours, recipe.build(), keep_pixels=keep_pixels)
+        return prepare_chunk(shard, samples, ours, recipe.build(), careful, keep_pixels=keep_pixels)
 
     return map_chunks(batch, prepared, BLOCK_SCHEMA)
 
@@ -192,21 +193,20 @@ def prepare_chunk(
     samples: Sequence[rows.Sample],
     wanted: Wanted,
     preprocessor: Preprocessor,
+    careful: Careful | None = None,
     *,
     keep_pixels: bool = True,
 ) -> dict[str, Any]:
-    """The wanted samples of a chunk: a packed table, their number a side, those set aside."""
-    ready: list[Prepared] = []
-    kept: list[int] = []
-    aside: list[tuple[int, str, str]] = []
-    for sample in samples:
-        if wanted.classes[sample.row] < 0:
-            continue
-        try:
-            ready.append(preprocessor.prepare(sample))
-            kept.append(sample.row)
-        except BadRow as error:
-            aside.append((sample.row, error.stage, str(error)))
+    """The wanted samples of a chunk: a packed table, their number a side, those set aside. Without
+    ``careful`` they are known to do no harm."""
+    ours = [sample for sample in samples if wanted.classes[sample.row] >= 0]
+    if careful is None:
+        left, prepared = preprocessor.prepare_all(ours)
+    else:
+        left, prepared = careful.prepare_all(preprocessor, ours)
+    ready = [row for row in prepared if row is not None]
+    kept = [sample.row for sample in left if sample.error is None]
+    aside = [(s.row, s.error_stage, s.error) for s in left if s.error is not None]
     dev = wanted.dev[kept]
     train = [row for row, held_out in zip(ready, dev, strict=True) if not held_out]
     counts = {

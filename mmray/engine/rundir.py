@@ -5,10 +5,12 @@ RUN/tokenizer.json        trained on the training captions
 RUN/checkpoints/          Ray Train's
 RUN/best-<epoch>.safetensors   weights of the best epoch so far, and of the few best before it
 RUN/epoch-<epoch>.safetensors  those of every epoch, for train.average: soup; soup.safetensors
+RUN/last.safetensors      those after the last epoch
 RUN/logs/                 TensorBoard's event files
 RUN/failed/               the best weights, and the tokenizer, of a run whose loss was not finite
 RUN/_run/lease/           held by the command that works on it
-RUN/history.json          what was measured after each epoch; this, run.json and logs stay
+RUN/history.json          what was measured after each epoch; this, run.json, last.safetensors and
+                          logs stay
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from mmray.errors import ConfigError, NotFound
 
 RECORD, TOKENIZER, HISTORY = "run.json", "tokenizer.json", "history.json"
 CHECKPOINTS, LOGS, KEPT = "checkpoints", "logs", "failed"
-SOUP = "soup.safetensors"
+SOUP, LAST = "soup.safetensors", "last.safetensors"
 SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's record of its checkpoints
 _WEIGHTS = re.compile(r"(best|epoch)-\d+\.safetensors|soup\.safetensors")
 
@@ -92,6 +94,7 @@ def begin(place: str, cfg: TrainConfig, shards: Sequence[Shard], window: int | N
     """Clear the place and write down what is asked, and the rows that are decoded at a time."""
     clear(place)
     storage.delete_all(storage.join(place, LOGS))
+    storage.delete(storage.join(place, LAST))
     _write(place, RECORD, {**_record(cfg, shards, done=False), "window": window})
 
 
@@ -114,7 +117,7 @@ def drop_torn_snapshot(place: str) -> None:
 
 
 def close(place: str, cfg: TrainConfig, shards: Sequence[Shard], history: Any) -> None:
-    """The bundle is written: leave the record and the history, drop the rest."""
+    """The bundle is written: leave record, history, the last weights and logs, drop the rest."""
     clear(place)
     _write(place, HISTORY, history)
     _write(place, RECORD, _record(cfg, shards, done=True))
@@ -156,7 +159,8 @@ def epoch_name(epoch: int) -> str:
 
 
 def clear(place: str) -> None:
-    """Remove what runs leave here but logs and what ``give_up`` kept, and nothing else."""
+    """Remove what runs leave here but logs, the last weights and what ``give_up`` kept, and nothing
+    else."""
     storage.delete_all(storage.join(place, CHECKPOINTS))
     try:
         names = [item.path for item in storage.list_objects(place)]

@@ -22,9 +22,10 @@ from mmray.archive import rows
 from mmray.archive.shards import Shard, list_shards, read_shard
 from mmray.archive.want import ALL_FIELDS
 from mmray.config import Columns, Data, Task
+from mmray.engine.careful import Careful
 from mmray.engine.ingest import ReadOptions, chunks_dataset, chunks_of, running
 from mmray.engine.pieces import Piece, Plan
-from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.errors import BadRow, ConfigError, MmrayError, RunError
 
 PEEK_SHARDS, PEEK_ROWS = 8, 64
 
@@ -129,7 +130,14 @@ def scan(
         readers=readers,
         cpus=1,
     ).map_batches(
-        functools.partial(_identify, data=data, task=task, captions=captions),
+        functools.partial(
+            _identify,
+            data=data,
+            task=task,
+            captions=captions,
+            hashes=Hashes(),
+            careful=Careful(),
+        ),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,
@@ -173,11 +181,30 @@ def records(dataset: Any) -> Iterator[dict[str, Any]]:
                 yield record
 
 
-def _identify(batch: pa.Table, *, data: Data, task: Task, captions: bool) -> pa.Table:
+@dataclass(frozen=True, slots=True)
+class Hashes:
+    """Gives a sample's perceptual hash."""
+
+    def prepare(self, sample: rows.Sample) -> bytes | None:
+        return splits.picture_hash(sample)
+
+
+def _identify(
+    batch: pa.Table,
+    *,
+    data: Data,
+    task: Task,
+    captions: bool,
+    hashes: Hashes,
+    careful: Careful,
+) -> pa.Table:
     """Chunks -> ``SCAN_SCHEMA``, a row a row."""
 
     def identified(samples: list[rows.Sample]) -> pa.Buffer:
-        found = splits.identify(samples, data, task)
+        # A picture that crashes its decoder has no hash, like any broken one.
+        made = careful.outcomes(hashes, samples) if data.near else [None] * len(samples)
+        pictures = [None if isinstance(one, BadRow) else one for one in made]
+        found = splits.identify(samples, data, task, pictures)
         column = SCANNED_SCHEMA.field(rows.CAPTION)
         texts = pa.array([sample.caption if captions else None for sample in samples], column.type)
         return pack_table(found.append_column(column, texts))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from mmray.config import Train
+from mmray.config import TrainConfig
 from mmray.engine.board import Voice
 from mmray.engine.checkpoint import State
 from mmray.report.journal import Journal
@@ -21,9 +21,13 @@ class Teller:
     """
 
     def __init__(
-        self, voice: Voice, journal: Journal | None, cfg: Train, *, steps: int, rows: int
+        self, voice: Voice, journal: Journal | None, cfg: TrainConfig, *, steps: int, rows: int
     ) -> None:
-        self._voice, self._journal, self._cfg = voice, journal, cfg
+        self._voice, self._journal, self._cfg = voice, journal, cfg.train
+        # By which the best epoch is chosen: see ``counts.quality``.
+        self._figure = (
+            ("AUROC", "dev_auroc") if cfg.task == "match" else ("macro-F1", "dev_macro_f1")
+        )
         self._steps, self._rows = steps, rows
         self._began = time.monotonic()
         self.taken = 0  # rows, over all workers
@@ -43,7 +47,8 @@ class Teller:
             return
         rate = self.taken / self.seconds
         left = (self._cfg.epochs - state.epoch) * self._rows - state.rows
-        dev = f"dev macro-F1 {state.epochs[-1]['dev_macro_f1']:.4f}  " if state.epochs else ""
+        name, key = self._figure
+        dev = f"dev {name} {_figure(state.epochs[-1][key])}  " if state.epochs else ""
         self.line(
             f"epoch {state.epoch + 1}/{self._cfg.epochs}  step {state.step}/{self._steps}  "
             f"loss {state.loss_sum / state.rows:.4f}  {dev}{rate:,.0f} rows/s  "

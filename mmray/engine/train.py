@@ -115,7 +115,12 @@ class _Training:
         plan, cfg = self.plan, self.cfg
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        self.tracked = journal.open_tracking(cfg, plan.place, resumed=plan.resumed)
+        with journal.tracking(cfg, plan.place, resumed=plan.resumed, say=self.say) as tracked:
+            self.tracked = tracked
+            return self._to_bundle()
+
+    def _to_bundle(self) -> Bundle:
+        plan, cfg = self.plan, self.cfg
         resources = cluster.connect()
         self.readers = max(1, resources.cpus)
         every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
@@ -149,11 +154,7 @@ class _Training:
                 )
         self.lease.check_taken()
         alone = None if negatives is None else negatives.alone()
-        bundle = save_bundle(
-            plan, spec, data, ready, tokenizer, start, done, without_negative=alone
-        )
-        journal.close_tracking(self.tracked)
-        return bundle
+        return save_bundle(plan, spec, data, ready, tokenizer, start, done, without_negative=alone)
 
     # --- rows ----------------------------------------------------------------------------------
 

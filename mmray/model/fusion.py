@@ -40,10 +40,12 @@ class Projection(nn.Sequential):
 
 
 class Concat(Fusion):
-    """Projected pooled vectors side by side, then a layer over both.
+    """Projected pooled vectors side by side, then a layer over both, as in ConcatBERT (Kiela et al.
+    2020, arXiv:2005.04790, section 4).
 
-    One layer, with the linear head a two-layer perceptron: deeper ones overfit a few thousand
-    pairs.
+    ``h = gelu(W [p_v(v), p_t(t)])``, v [B, image width], t [B, text width], both projected to
+    [B, D]. One layer, with the linear head a two-layer perceptron: deeper ones overfit a few
+    thousand pairs.
     """
 
     pooled_only = True

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,7 @@ def open_tracking(cfg: TrainConfig, place: str, *, resumed: bool) -> tuple[str, 
         if resumed:
             kept = client.search_runs([experiment], f"tags.`{TAG}` = '{place}'", max_results=1)
             if kept:
+                client.update_run(kept[0].info.run_id, status="RUNNING")
                 return uri, kept[0].info.run_id
         name = cfg.out.rpartition("/")[2]
         run = client.create_run(experiment, tags={TAG: place}, run_name=name).info.run_id
@@ -125,10 +127,32 @@ def open_tracking(cfg: TrainConfig, place: str, *, resumed: bool) -> tuple[str, 
     return uri, run
 
 
-def close_tracking(tracked: tuple[str, str] | None) -> None:
-    """The run is done."""
-    if tracked is not None:
-        _client(tracked[0]).set_terminated(tracked[1])
+@contextmanager
+def tracking(
+    cfg: TrainConfig, place: str, *, resumed: bool, say: Callable[[str], None]
+) -> Iterator[tuple[str, str] | None]:
+    """``open_tracking``, and the run ended as the work within ends: FINISHED, KILLED when it was
+    stopped, FAILED. A server that cannot be told costs a note, not the training."""
+    tracked, status = open_tracking(cfg, place, resumed=resumed), "FAILED"
+    try:
+        yield tracked
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        if tracked is not None:
+            _end(*tracked, status, say)
+
+
+def _end(uri: str, run: str, status: str, say: Callable[[str], None]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(uri).set_terminated(run, status)
+    except MlflowException as error:
+        what = " ".join(str(error).split())
+        say(f"note: MLflow was not told that this run is {status.lower()}: {what}")
 
 
 def _client(uri: str) -> Any:
