@@ -79,7 +79,7 @@ class Guard:
         left: list[Sample] = []
         prepared: list[Prepared | None] = []
         for sample in samples:
-            outcome = self._prepare(sample)
+            (outcome,) = self.outcomes([sample])
             if isinstance(outcome, BadRow):
                 left.append(replace(sample, error=str(outcome), error_stage=outcome.stage))
                 prepared.append(None)
@@ -88,16 +88,25 @@ class Guard:
                 prepared.append(outcome)
         return left, prepared
 
-    def _prepare(self, sample: Sample) -> Prepared | BadRow:
-        pipe = self._pipe or self._start()
+    def outcomes(self, samples: Sequence[Sample]) -> list[Prepared | BadRow]:
+        """One a sample, in order, up to the first that ends the child, whose is the last: those
+        after it were not tried. All go to the child in one message. Raises RunError where no child
+        starts."""
+        pipe = self.start()
+        found: list[Prepared | BadRow] = []
         try:
-            pipe.send(sample)
-            if not pipe.poll(self._seconds):
-                self._end(0)
-                return BadRow("image", "decode took too long", f"more than {self._seconds:g} s")
-            outcome = pipe.recv()
+            pipe.send(samples)
+            while len(found) < len(samples) and self.running:
+                found.append(self._next(pipe))
         except (EOFError, OSError):
-            return BadRow("image", "decode crashed", f"its process ended with {self._end()}")
+            found.append(BadRow("image", "decode crashed", f"its process ended with {self._end()}"))
+        return found
+
+    def _next(self, pipe: Connection) -> Prepared | BadRow:
+        if not pipe.poll(self._seconds):
+            self._end(0)
+            return BadRow("image", "decode took too long", f"more than {self._seconds:g} s")
+        outcome = pipe.recv()
         if outcome is None:
             self._end()
             return BadRow(
@@ -106,8 +115,12 @@ class Guard:
         assert isinstance(outcome, (Prepared, BadRow))
         return outcome
 
+    def start(self) -> Connection:
+        """Have a child, if there is none. Raises RunError where none comes to that."""
+        return self._pipe or self._start()
+
     def _start(self) -> Connection:
-        """A child that has said that it is there. Raises RunError where none comes to that."""
+        """A child that has said that it is there."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         asked = theirs, cloudpickle.dumps(self._preprocessor), self._memory  # type: ignore[no-untyped-call]
@@ -137,7 +150,8 @@ class Guard:
 
 
 def _serve(pipe: Connection, preprocessor: bytes, memory_bytes: int) -> None:
-    """The child: prepares one sample after another, until its parent is gone."""
+    """The child: prepares one sample after another, until its parent is gone; each is answered when
+    it is done, so that what came of those before one that ends this process is not lost."""
     import torch
 
     torch.set_num_threads(1)
@@ -146,12 +160,13 @@ def _serve(pipe: Connection, preprocessor: bytes, memory_bytes: int) -> None:
     pipe.send(True)
     while True:
         try:
-            sample = pipe.recv()
+            samples = pipe.recv()
         except EOFError:
             return
-        try:
-            pipe.send(prepare(sample))
-        except BadRow as error:
-            pipe.send(error)
-        except MemoryError:
-            pipe.send(None)
+        for sample in samples:
+            try:
+                pipe.send(prepare(sample))
+            except BadRow as error:
+                pipe.send(error)
+            except MemoryError:
+                pipe.send(None)
