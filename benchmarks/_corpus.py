@@ -142,7 +142,7 @@ def write_parquet(root: Path, shards: list[int], images: list[bytes]) -> Path:
     return root
 
 
-def write_bundle(root: Path, encoder: str) -> Path:
+def write_bundle(root: Path, encoder: str, seed: int = 0) -> Path:
     """An untrained bundle of a torchvision encoder at 224 px and a small text transformer."""
     if (root / "bundle.json").exists():
         return root
@@ -159,7 +159,7 @@ def write_bundle(root: Path, encoder: str) -> Path:
         max_tokens=preprocess.text.max_tokens,
         image_size=preprocess.image.size,
     )
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     made = bundles.make(
         labels=LABELS,
         spec=spec,

@@ -14,6 +14,7 @@ import asyncio
 import json
 import random
 import struct
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -184,6 +185,19 @@ async def run(plan: dict[str, Any]) -> dict[str, Any]:
     else:
         await load.closed_loop(plan["in_flight"], plan["seconds"])
     return load.report(began)
+
+
+def apart(plan: dict[str, Any]) -> dict[str, Any]:
+    """``run``, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__],
+        input=json.dumps(plan),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
 
 
 if __name__ == "__main__":

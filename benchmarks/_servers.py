@@ -2,11 +2,12 @@
 
     python benchmarks/_servers.py predictor BUNDLE BODIES SECONDS
     python benchmarks/_servers.py fastapi|litserve BUNDLE PORT
+    RAY_ADDRESS=... python benchmarks/_servers.py update BUNDLE PORT
 
 ``predictor``: no server: bare processes, one a core, each with a Predictor and batches of 16;
 prints their rate, and what one pair takes alone. ``fastapi``: what one writes first: a handler that
 decodes and scores one request. ``litserve``: LitServe, batches of 16, a worker a core, with
-mmray's own Predictor in it.
+mmray's own Predictor in it. ``update``: no server: puts BUNDLE in the place of what mmray serves.
 """
 
 import json
@@ -35,7 +36,7 @@ FORM = f"multipart/form-data; boundary={BOUNDARY}"
 ALONE, PAUSE_S = 30, 0.2  # pairs that are timed by themselves
 
 
-def _samples(path: str) -> list[Sample]:
+def samples_of(path: str) -> list[Sample]:
     from mmray.serving.bodies import one
     from mmray.serving.settings import Limits
 
@@ -44,7 +45,7 @@ def _samples(path: str) -> list[Sample]:
 
 def _score(bundle: str, bodies: str, seconds: float, start: Any, results: Any) -> None:
     predictor = _predictor(bundle)
-    samples = (_samples(bodies) * BATCH)[:BATCH]
+    samples = (samples_of(bodies) * BATCH)[:BATCH]
     for _ in range(3):
         predictor.score_table(samples)
     start.wait()
@@ -75,7 +76,7 @@ def predictor(bundle: str, bodies: str, seconds: float) -> dict[str, float]:
     rate = sum(results.get() for _ in workers)
     for worker in workers:
         worker.join()
-    alone, scorer, times = _samples(bodies)[:1], _predictor(bundle), []
+    alone, scorer, times = samples_of(bodies)[:1], _predictor(bundle), []
     for _ in range(ALONE):
         time.sleep(PAUSE_S)  # as between requests that come one at a time
         began = time.perf_counter()
@@ -132,9 +133,20 @@ def lit(bundle: str, port: int) -> None:
     )  # fmt: skip
 
 
+def update(bundle: str, port: int) -> None:
+    from mmray import config
+    from mmray.engine import cluster, serve
+    from mmray.serving.settings import ServeConfig
+
+    score = {"min_replicas": CORES, "max_replicas": CORES}
+    cfg = config.validate(ServeConfig, {"port": port, "score": score}, "update")
+    cluster.connect()
+    serve.deploy(bundle, cfg)
+
+
 if __name__ == "__main__":
     arm, uri, *rest = sys.argv[1:]
     if arm == "predictor":
         print(json.dumps(predictor(uri, rest[0], float(rest[1]))))
     else:
-        {"fastapi": fastapi, "litserve": lit}[arm](uri, int(rest[0]))
+        {"fastapi": fastapi, "litserve": lit, "update": update}[arm](uri, int(rest[0]))

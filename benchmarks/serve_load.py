@@ -1,17 +1,18 @@
 """A server under load: `mmray serve` beside the bare Predictor, plain FastAPI and LitServe.
 
     python benchmarks/serve_load.py [--encoders resnet18,mobilenet_v3_small] [--images small,large]
-        [--seconds 15] [--overload 60] [--arms predictor,mmray,fastapi,litserve] [--json]
+        [--seconds 15] [--overload 60] [--changes 20] [--arms predictor,mmray,fastapi,litserve]
+        [--json]
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
 server the same. At saturation 48 callers each wait for their answer. The other loads are open:
 requests come when they come, at 25, 50, 75 and 90 % of that rate, then at three times of it for
-``--overload`` seconds, then at a quarter again, to see the server recover. What light load adds is
-its median at 10 % less what one pair takes in a Predictor alone.
+``--overload`` seconds, with the server's memory looked at every second, then at a quarter again:
+``recovery_s`` is when, after an overload, that quarter was first answered in full. What light load
+adds is its median at 10 % less what one pair takes in a Predictor alone.
 
-Last, under half of the load, a scoring replica and then one that speaks HTTP is killed (SIGKILL).
-Nothing here asks again, as mmray's client would, so what fails is seen: status 0 is a connection
-that ended without an answer.
+Last, under half of the load, replicas are killed and bundles change, see ``_changes.py``:
+``--changes`` is for how many seconds each is watched; 0: none of it.
 
 ``small`` pictures are JPEGs of about 50 KB, ``large`` ones of about 1 MB. Where several cases are
 run, the JSON keys have the worst of them. LitServe: `pip install litserve`; without, that arm is
@@ -39,7 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from _changes import CHANGES, changes
 from _corpus import caption, pictures, write_bundle
+from _load import apart as load
 from _load import write_bodies
 
 ARMS = ("predictor", "mmray", "fastapi", "litserve")
@@ -47,7 +50,7 @@ ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
 LOADS = (0.25, 0.5, 0.75, 0.9)
 CALLERS, WARM_S, RECOVERY_S = 48, 5.0, 10.0
-KILL_S = 20.0
+ANSWERED = 0.8  # of what is asked in a second: all, but for chance
 START_S = 240.0
 HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
@@ -60,6 +63,7 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join(ARMS), help="which, by comma")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
     parser.add_argument("--overload", type=float, default=60.0, help="seconds; 0: none")
+    parser.add_argument("--changes", type=float, default=20.0, help="seconds of each; 0: none")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     arms = [a for a in args.arms.split(",") if a != "litserve" or _there("litserve")]
@@ -71,9 +75,10 @@ def main() -> None:
             bodies = write_bodies(Path(folder, kind), pairs)
             for encoder in args.encoders.split(","):
                 bundle = write_bundle(Path(folder, encoder), encoder)
+                other = write_bundle(Path(folder, f"{encoder}-other"), encoder, seed=1)
                 case = {"encoder": encoder, "images": kind, "kb": len(pairs[0][0]) // 1000}
                 for arm in arms:
-                    case[arm] = run(arm, bundle, bodies, args)
+                    case[arm] = run(arm, bundle, other, bodies, args)
                     _say(f"{encoder}, {kind}: {arm} {case[arm]['rate']:.1f}/s")
                 cases.append(case)
     result = summary(cases)
@@ -94,7 +99,9 @@ def _say(line: str) -> None:
 # --- an arm --------------------------------------------------------------------------------------
 
 
-def run(arm: str, bundle: Path, bodies: Path, args: argparse.Namespace) -> dict[str, Any]:
+def run(
+    arm: str, bundle: Path, other: Path, bodies: Path, args: argparse.Namespace
+) -> dict[str, Any]:
     if arm == "predictor":
         command = [sys.executable, HERE / "_servers.py", arm, bundle, bodies, str(args.seconds)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -107,6 +114,8 @@ def run(arm: str, bundle: Path, bodies: Path, args: argparse.Namespace) -> dict[
         found = {"rate": full["goodput"], "ms": full["ms"], "statuses": full["statuses"]}
         if arm == "mmray":
             found |= under_loads(asked, full["goodput"], args, process)
+            if args.changes:
+                found |= changes(asked, full["goodput"], args.changes, process, bundle, other)
     return found
 
 
@@ -120,33 +129,19 @@ def under_loads(
     }
     found: dict[str, Any] = {"light": light, "loads": loads}
     if args.overload:
-        before = _memory(process)
-        found["overload"] = load({**asked, "rate": 3 * most, "seconds": args.overload})
-        found["memory_mib"] = [before, _memory(process)]
-        found["recovery"] = load({**asked, "rate": 0.25 * most, "seconds": RECOVERY_S})
-    for kind in ("Scorer", "Ingress"):
-        plan = {**asked, "rate": 0.5 * most, "seconds": KILL_S}
+        before, sizes = _memory(process), []
         with ThreadPoolExecutor(1) as pool:
+            plan = {**asked, "rate": 3 * most, "seconds": args.overload}
             loaded = pool.submit(load, plan)
-            time.sleep(KILL_S / 4)
-            _replica(process, kind).kill()
-            found[f"killed {kind}"] = loaded.result()
+            while not loaded.done():
+                sizes.append(_memory(process))
+                time.sleep(1)
+        found["overload"] = loaded.result()
+        found["memory_mib"] = [before, max(sizes), _memory(process)]
+        found["recovery"] = load({**asked, "rate": 0.25 * most, "seconds": RECOVERY_S})
+        by_second = enumerate(found["recovery"]["by_second"], 1)
+        found["recovery_s"] = next((s for s, n in by_second if n >= ANSWERED * 0.25 * most), None)
     return found
-
-
-def _replica(server: psutil.Process, kind: str) -> psutil.Process:
-    name = f"ray::ServeReplica:mmray:{kind}"
-    children = server.children(recursive=True)
-    return next(each for each in children if "".join(each.cmdline()).startswith(name))
-
-
-def load(plan: dict[str, Any]) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, HERE / "_load.py"],
-        input=json.dumps(plan), stdout=subprocess.PIPE, text=True, check=True,
-    )  # fmt: skip
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
 
 
 def _memory(process: psutil.Process) -> int:
@@ -218,6 +213,17 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
             return None
         return float(case["mmray"]["light"]["ms"]["p50"] - case["predictor"]["alone_ms"])
 
+    def recovered(case: dict[str, Any]) -> float | None:
+        """Seconds; longer than was looked where it did not."""
+        found = case.get("mmray", {})
+        return found["recovery_s"] or 2 * RECOVERY_S if "recovery" in found else None
+
+    def counted(name: str) -> int | None:
+        """Over all changes."""
+        rows = [row for case in cases for row in case.get("mmray", {}).values()
+                if isinstance(row, dict) and name in row]  # fmt: skip
+        return sum(row[name] for row in rows) if rows else None
+
     def kept(case: dict[str, Any]) -> float | None:
         found = case.get("mmray", {}).get("overload")
         return None if found is None else found["goodput"] / case["mmray"]["rate"]
@@ -229,6 +235,9 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         "saturation_over_fastapi": worst(over("fastapi"), min),
         "saturation_over_litserve": worst(over("litserve"), min),
         "overload_goodput": worst([kept(case) for case in cases], min),
+        "recovery_s": worst([recovered(case) for case in cases], max),
+        "client_lost": counted("client_lost"),
+        "client_wrong": counted("client_wrong"),
         "added_p50_ms": worst([added(case) for case in cases], max),
         "cases": cases,
     }
@@ -249,7 +258,7 @@ def text(result: dict[str, Any]) -> str:
 
 def _loads(found: dict[str, Any]) -> list[str]:
     named = {"10%": found["light"], **found["loads"]}
-    more = ("overload", "recovery", "killed Scorer", "killed Ingress")
+    more = ("overload", "recovery", *CHANGES)
     named |= {k: found[k] for k in more if k in found}
     lines = [f"  {'load':15}{'sent':>7}{'per s':>8}{'p50':>8}{'p95':>8}{'p99 ms':>8}  statuses"]
     for name, row in named.items():
@@ -257,8 +266,14 @@ def _loads(found: dict[str, Any]) -> list[str]:
         ends = "".join(f"{value:8.1f}" for value in ms)
         lines.append(f"  {name:15}{row['sent']:7}{row['goodput']:8.1f}{ends}  {row['statuses']}")
     if "overload" in found:
-        refused, (before, after) = found["overload"]["refused_ms"], found["memory_mib"]
-        lines.append(f"  refused under overload after {refused} ms; {before} -> {after} MiB")
+        refused, (before, most, after) = found["overload"]["refused_ms"], found["memory_mib"]
+        lines.append(f"  refused under overload after {refused} ms")
+        lines.append(f"  MiB before {before}, at most {most}, after {after}")
+        lines.append(f"  in full again after {found['recovery_s']} s")
+    for name in CHANGES:
+        if name in found:
+            asked, lost, wrong = (found[name][f"client_{k}"] for k in ("asked", "lost", "wrong"))
+            lines.append(f"  {name}: by the client {asked} asked, {lost} lost, {wrong} wrong")
     return lines
 
 

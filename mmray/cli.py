@@ -353,7 +353,7 @@ def serve(bundle: str, cfg: ServeConfig, emit_config: bool, metrics_port: int | 
     if emit_config and metrics_port is not None:
         raise click.UsageError("--metrics-port: a cluster has its own; not with --emit-config")
     if not emit_config:
-        cluster.prepare_to_serve()
+        cluster.prepare_to_serve(counted=metrics_port is not None)
     from mmray.engine import serve as engine
 
     if emit_config:

@@ -15,6 +15,7 @@ import random
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 import httpx2
@@ -252,8 +253,14 @@ def _refusal(answer: httpx2.Response) -> ServeError:
 
 
 def _retry_after(answer: httpx2.Response) -> float:
+    """Seconds; of a date, which something in front of the server may send, those until then."""
     text = answer.headers.get("retry-after", "0")
-    return float(text) if text.isdecimal() else 0.0  # a date, which this server never sends
+    if text.isdecimal():
+        return float(text)
+    try:
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
+    except ValueError:
+        return 0.0
 
 
 def _score_of(entry: Mapping[str, Any]) -> Score:

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -100,6 +101,10 @@ def test_what_a_busy_or_dying_server_leaves_undone_is_asked_again(
     assert score(b"x", "y").label == "calm"
     times = [asked[0] for asked in server.asked]
     assert times[2] - times[1] >= 1.0, "Retry-After was not waited for"
+    date = formatdate(time.time() + 2.5, usegmt=True)  # whole seconds: from 1.5 on
+    server.script = [(503, {"retry-after": date}, b"from a proxy"), (200, {}, SCORED)]
+    assert score(b"x", "y").label == "calm"
+    assert server.asked[-1][0] - server.asked[-2][0] >= 1.4, "nor was a date"
 
 
 def test_what_is_the_callers_fault_is_not_asked_again(server: Scripted, score: Any) -> None:

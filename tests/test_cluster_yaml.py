@@ -110,6 +110,7 @@ def test_nodes_run_the_pinned_packages_with_the_token_on(config: dict[str, Any])
             "THROUGHPUT_OPTIMIZED",
             "REPLICA_GRPC_MAX_MESSAGE_LENGTH",
             "HTTP_PROXY_CALLBACK_IMPORT_PATH",
+            "HAPROXY_LOG_TARGET",
         ):
             assert f"RAY_SERVE_{name}={SERVING[f'RAY_SERVE_{name}']}" in start
         (code,) = re.findall(r"PYTHONPATH=(\S+)", start)

@@ -87,7 +87,7 @@ def server(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     uri = tiny.bundle(str(tmp_path_factory.mktemp("served") / "bundle"))
     small = {"cpus": 0.3, "max_queued": 64}
-    tree = {"port": free_port(), "decode": small, "score": small}
+    tree = {"port": free_port(), "decode": small, "score": small, "deadlines": {"body_s": 3}}
     cfg = config.validate(ServeConfig, tree, "test")
     engine.deploy(uri, cfg)
     yield Server(uri, cfg, engine.url(cfg))
@@ -184,6 +184,30 @@ def test_nothing_that_is_posted_ends_a_replica_or_gives_a_5xx(server: Server, sh
     assert (server.replica("Ingress"), server.replica("Scorer")) == before
     with Client(server.url) as client:
         assert client.ready()
+
+
+def test_a_slow_sender_is_cut_off(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.cfg.port), timeout=0.2) as s:
+        began, said = time.monotonic(), b""
+        s.sendall(b"POST /v1/score HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        while b"}" not in said and time.monotonic() - began < 20:
+            with contextlib.suppress(TimeoutError):
+                s.sendall(b"-")
+                said += s.recv(65536)
+    assert said.startswith(b"HTTP/1.1 408") and b"body too slow" in said
+    assert time.monotonic() - began < server.cfg.deadlines.body_s + 5
+
+
+def test_callers_give_serve_no_orders(server: Server) -> None:
+    """Whose 408 would be text, and whose id would be another than that of the answer."""
+    form = served.form(tiny.jpeg(1), b"a sea")
+    orders = {"x-request-timeout-seconds": "0.0001", "x-session-id": "one"}
+    for asked, given in (("mine-1", "mine-1"), ("not plain", None)):
+        headers = {"content-type": served.FORM, "x-request-id": asked, **orders}
+        answer = httpx2.post(f"{server.url}/v1/score", content=form, headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["x-request-id"] == answer.json()["request_id"]
+        assert answer.json()["request_id"] == (given or answer.json()["request_id"])
 
 
 @dataclass
@@ -296,19 +320,27 @@ def test_a_bundle_is_replaced_without_a_failed_or_a_wrong_answer_and_a_bad_one_n
 
 
 def test_replicas_come_and_go_with_the_load_and_what_is_too_much_is_told_so(
-    server: Server,
+    server: Server, tmp_path: Path
 ) -> None:
+    """Of both kinds."""
     from mmray.engine import serve as engine
 
-    # A group of pairs takes a fifth of a second, so that this machine can keep three replicas busy.
-    slow = {"max_replicas": 3, "target_ongoing": 1, "batch_wait_s": 0.2, "cpus": 0.1}
+    # A group of such pairs takes long enough for this machine to keep three replicas busy.
+    slow = tiny.bundle(str(tmp_path / "slow"), size=640)
+    scales = {"upscale_delay_s": 0.5, "downscale_delay_s": 2}
     tree = {
         "port": server.cfg.port,
-        "score": {**slow, "upscale_delay_s": 0.5, "downscale_delay_s": 2, "batch_rows": 4},
-        "decode": {"cpus": 0.2, "target_ongoing": 10, "max_ongoing": 16},
+        "score": {"max_replicas": 3, "target_ongoing": 1, "cpus": 0.1, "batch_rows": 4, **scales},
+        "decode": {
+            "max_replicas": 2,
+            "target_ongoing": 5,
+            "max_ongoing": 16,
+            "cpus": 0.2,
+            **scales,
+        },
     }
-    engine.deploy(server.bundle, config.validate(ServeConfig, tree, "test"))
-    server.replica("Scorer")
+    engine.deploy(slow, config.validate(ServeConfig, tree, "test"))
+    assert server.replica("Scorer") and server.replica("Ingress")
     light = Load(server.url, attempts=1)
     heavy = [Load(server.url, attempts=1) for _ in range(14)]
     with light:
@@ -316,10 +348,12 @@ def test_replicas_come_and_go_with_the_load_and_what_is_too_much_is_told_so(
             for load in heavy:
                 stack.enter_context(load)
             assert until(lambda: len(server.replicas("Scorer")) == 3, 90)
+            assert until(lambda: len(server.replicas("Ingress")) == 2, 90)
         assert until(lambda: len(server.replicas("Scorer")) == 1, 120)
+        assert until(lambda: len(server.replicas("Ingress")) == 1, 120)
         time.sleep(1)
     for load in (light, *heavy):
-        assert not load.failures() and not load.wrong(server.bundle)
+        assert not load.failures() and not load.wrong(slow)
 
     form = served.form(tiny.jpeg(5), tiny.caption(5).encode())
 
@@ -441,9 +475,8 @@ def test_the_readme_serves_until_ctrl_c_and_asks_for_its_token(tmp_path: Path) -
             [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True
         )
         assert b"Score(label=" in done.stdout, done.stderr
-        ours = [f"mmray_{name}_seconds_count" for name in ("request", "decode", "wait")]
-        serves = ["actual_batch_size", "batch_wait_time_ms", "batch_execution_time_ms"]
-        expected = Counter((name,) for name in [*ours, *(f"serve_{n}_count" for n in serves)])
+        ours = ("request_seconds", "decode_seconds", "wait_seconds", "batch_rows", "model_seconds")
+        expected = Counter((f"mmray_{name}_count",) for name in ours)
         expected["mmray_requests_total", "/v1/model", "401"] = 1
         expected["mmray_requests_total", "/v1/score", "200"] = 1
         expect_figures(metrics_port, expected)

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import served
 import tiny
+from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from mmray import config
@@ -21,6 +23,7 @@ from mmray.archive.rows import Sample
 from mmray.errors import BadRow, ConfigError, RunError
 from mmray.serving import app
 from mmray.serving.answers import Busy
+from mmray.serving.headers import ORDERS, Door
 from mmray.serving.settings import Deadlines, Limits, ServeConfig, overrides, token_of
 
 PROBLEM = "application/problem+json"
@@ -214,6 +217,44 @@ def test_a_server_that_is_full_or_broken_says_so(client: TestClient, local: serv
         assert "no GPU" not in answer.text
 
 
+def test_at_the_door_orders_are_taken_away_and_a_full_server_answers_past_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What Serve would make of a caller's headers: its own timeout, another id."""
+    seen: list[dict[bytes, bytes]] = []
+
+    async def behind(scope: Any, receive: Any, send: Any) -> None:
+        seen.append(dict(scope["headers"]))
+        await JSONResponse({"behind": True})(scope, receive, send)
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        await JSONResponse({"id": Request(scope).headers["x-request-id"]}, 503)(
+            scope, receive, send
+        )
+
+    door = TestClient(Door(behind))
+    orders = {"x-request-timeout-seconds": "0.001", "x-session-id": "a", "x-other": "b"}
+    for asked, kept in (("mine-1", True), ("no good", False), ("x" * 65, False), ("", False)):
+        door.post("/v1/score", headers={**orders, "x-request-id": asked})
+        assert not ORDERS & seen[-1].keys() and seen[-1][b"x-other"] == b"b"
+        assert (seen[-1][b"x-request-id"] == asked.encode()) == kept
+    monkeypatch.setattr(Door, "application", staticmethod(application))
+    monkeypatch.setattr(Door, "full", staticmethod(lambda: True))
+    answer = door.post("/v1/score")
+    assert answer.status_code == 503 and answer.json()["id"] == answer.headers["x-request-id"]
+    assert door.get("/livez").json() == {"behind": True}
+
+
+def test_a_server_that_is_full_says_so_before_it_reads(local: served.Local) -> None:
+    made = app.build(local, ServeConfig(), None)
+    assert not made.full
+    made._server.ongoing = ServeConfig().decode.max_ongoing
+    assert made.full
+    answer = post(TestClient(made), b"never read")
+    assert (answer.status_code, answer.json()["reason"]) == (503, "too busy")
+    assert answer.headers["retry-after"] == "1"
+
+
 def test_an_error_nobody_thought_of_is_counted_and_quotes_nothing(
     local: served.Local, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -343,9 +384,9 @@ def test_the_pages_need_nothing_from_elsewhere(client: TestClient) -> None:
         (["limits.body_bytes=100000000"], ["batch_bytes", "body_bytes"]),
         (
             ["score.max_replicas=40", "score.max_ongoing=16", "score.max_queued=8"],
-            ["max_queued", "120 groups", "hold 24"],
+            ["max_queued", "80 groups", "hold 24"],
         ),
-        (["score.max_replicas=2", "score.target_ongoing=6"], ["target_ongoing", "the 6 groups"]),
+        (["score.max_replicas=2", "score.target_ongoing=6"], ["target_ongoing", "the 4 groups"]),
         (["token_env=A", "token_file=B"], ["token_file", "one of them"]),
         (["score.max_queued=-1"], ["max_queued"]),
         (["score.batch=1"], ["unknown key", "batch_rows"]),
@@ -374,6 +415,9 @@ def test_a_server_that_should_ask_for_a_token_does_not_start_without_one(
     for cfg in (ServeConfig(token_env="A_TOKEN"), ServeConfig(token_file=str(tmp_path / "t"))):
         with pytest.raises(ConfigError):
             token_of(cfg)
+    monkeypatch.setenv("A_TOKEN", "geheimnißvoll")
+    with pytest.raises(ConfigError, match="no header can carry"):
+        token_of(ServeConfig(token_env="A_TOKEN"))
     monkeypatch.setenv("A_TOKEN", "s3cret")
     (tmp_path / "t").write_text("s3cret\n")
     digest = hashlib.sha256(b"s3cret").digest()

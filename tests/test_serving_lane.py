@@ -49,6 +49,49 @@ def test_a_row_goes_at_once_and_those_that_come_meanwhile_go_together() -> None:
     asyncio.run(run())
 
 
+def test_a_call_is_held_for_rows_on_their_way_while_others_are_in_work_and_never_alone() -> None:
+    async def run() -> None:
+        work, coming = Work(), True
+        lane = Lane(work, rows=3, calls=4, hold_s=0.05, coming=lambda: coming)
+        callers = [asyncio.ensure_future(lane.results([0]))]
+        await asyncio.sleep(0.001)
+        assert work.calls == [[0]], "nothing else was in work"
+        for i in (1, 2):
+            callers.append(asyncio.ensure_future(lane.results([i])))
+            await asyncio.sleep(0.001)
+        assert work.calls == [[0]]
+        callers.append(asyncio.ensure_future(lane.results([3])))
+        await asyncio.sleep(0.001)
+        assert work.calls == [[0], [1, 2, 3]], "it is full"
+        callers.append(asyncio.ensure_future(lane.results([4])))
+        await asyncio.sleep(0.2)
+        assert work.calls[2:] == [[4]], "it has waited long enough"
+        coming = False
+        callers.append(asyncio.ensure_future(lane.results([5])))
+        await asyncio.sleep(0.001)
+        assert work.calls[3:] == [[5]], "nothing more comes"
+        work.gate.set()
+        assert await asyncio.gather(*callers) == [[2 * i] for i in range(6)]
+
+    asyncio.run(run())
+
+
+def test_one_call_more_is_begun_while_one_takes_its_time() -> None:
+    async def run() -> None:
+        work = Work()
+        lane = Lane(work, rows=1, calls=1)
+        callers = [asyncio.ensure_future(lane.results([i])) for i in range(3)]
+        await asyncio.sleep(0.001)
+        assert work.calls == [[0]]
+        with lane.one_more():
+            await asyncio.sleep(0.001)
+            assert work.calls == [[0], [1]]
+        work.gate.set()
+        assert await asyncio.gather(*callers) == [[0], [2], [4]]
+
+    asyncio.run(run())
+
+
 def test_a_call_that_fails_costs_those_who_share_it_and_nobody_else() -> None:
     async def run() -> None:
         work = Work()

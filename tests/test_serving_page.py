@@ -18,6 +18,7 @@ import pytest
 import served
 import tiny
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, Error, Page, expect, sync_playwright
 
 from mmray.serving import answers, app
@@ -107,6 +108,7 @@ def test_a_picture_and_a_caption_give_bars_with_the_label(
         expect(page.locator("#results .note")).to_contain_text("ms")
         shot(page, "scored")
         page.get_by_role("button", name="Remove the picture").click()
+        expect(page.get_by_text("Choose a picture")).to_be_visible()
         page.get_by_role("button", name="Score").click()
         expect(page.get_by_role("status")).to_have_text("no image")
         expect(bars).to_have_count(0)
@@ -152,6 +154,21 @@ def test_a_picture_may_be_pasted_or_dropped(browser: Browser, local: served.Loca
             page = opened(browser, url)
             page.evaluate(script, [kind, list(tiny.jpeg(2))])
             expect(page.get_by_role("img", name="Chosen picture, shot.png")).to_be_visible()
+
+
+def test_a_picture_that_no_browser_shows_is_named_until_it_is_removed(
+    browser: Browser, local: served.Local, tmp_path: Path
+) -> None:
+    path = tmp_path / "scan.tif"
+    Image.new("RGB", (8, 8)).save(path)
+    with Serving(local, ServeConfig()) as url:
+        page = opened(browser, url)
+        page.get_by_label("Picture", exact=True).set_input_files(path)
+        expect(page.get_by_text("scan.tif: this browser cannot show it")).to_be_visible()
+        shot(page, "unshown")
+        page.get_by_role("button", name="Remove the picture").click()
+        expect(page.get_by_text("cannot show it")).to_be_hidden()
+        expect(page.get_by_text("Choose a picture")).to_be_visible()
 
 
 def test_it_shows_what_each_half_says_where_the_model_takes_halves(

@@ -50,11 +50,14 @@ SERVING = {
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": "2147483647",  # not 4 MiB, of 16 rows
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "mmray.serving.headers.middlewares",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1",
+    "RAY_SERVE_HAPROXY_LOG_TARGET": "/dev/null",  # not whoever is at UDP 514: it holds addresses
     "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": "65536",  # bytes; longer headers than that are its 400
     "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "60",  # for a caller who sends nothing
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # ten times a second takes 3 % of two cores
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",  # HAProxy hears of it in one
 }
+#: Of a Ray that serves and whose figures nobody asks for: HAProxy would tell of every request.
+UNCOUNTED = {"RAY_SERVE_HAPROXY_METRICS_ENABLED": "0"}
 JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # where a submitted job finds its runtime environment
 AUTOSCALER = "~/ray_bootstrap_config.yaml"  # where `ray up` leaves what the cluster may grow to
 PROBE_SECONDS = 5
@@ -148,16 +151,16 @@ def _limit(resource: str) -> int:
     return limit
 
 
-def prepare_to_serve() -> None:
+def prepare_to_serve(*, counted: bool = False) -> None:
     """Set what ``ray.serve`` reads when it is imported, here and in the Ray that is started here;
-    a cluster that is joined has its own environment."""
+    a cluster that is joined has its own environment. ``counted``: there is a metrics port."""
     if not ray.is_initialized() and _find_cluster() is None:
         with socket.socket() as one, socket.socket() as other:
             ports = {}  # HAProxy's counters have fixed ones, which two servers cannot share
             for name, free in (("METRICS", one), ("STATS", other)):
                 free.bind(("", 0))
                 ports[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free.getsockname()[1])
-        for name, value in (SERVING | ports).items():
+        for name, value in (SERVING | ports | ({} if counted else UNCOUNTED)).items():
             os.environ.setdefault(name, value)
 
 

@@ -11,27 +11,43 @@ from mmray import golden
 from mmray.archive.rows import Sample
 from mmray.bundle import Bundle
 from mmray.engine.guard import Guard
-from mmray.errors import BadRow
-from mmray.preprocess import Prepared, fault
+from mmray.errors import BadRow, RunError
+from mmray.preprocess import Prepared
 from mmray.serving import card
 from mmray.serving.lane import Lane
 from mmray.serving.settings import ServeConfig
 
 ROWS = 4  # that a child is given in one go, when so many wait
+SPARES = 1  # children that stand by: starting one takes seconds
+LATE_S = 0.5  # after which a call is one that others should not wait for
 
 
 class Decoders:
-    """Child processes that prepare pairs; one that dies of a picture costs that picture alone."""
+    """Child processes that prepare pairs; one that dies of a picture costs that picture alone: a
+    spare one takes its place, and another is started at once."""
 
     def __init__(self, bundle: Bundle, cfg: ServeConfig) -> None:
         preprocessor, count = card.preprocessor_of(bundle, cfg), cfg.decode.processes
-        self._threads = ThreadPoolExecutor(count)
-        self._idle: queue.SimpleQueue[Guard] = queue.SimpleQueue()
-        for _ in range(count):
-            self._idle.put(Guard(preprocessor, cfg.deadlines.decode_s))
-        warm = [golden.inputs(bundle.golden)[:1]] * count  # starts the children, before any request
-        list(self._threads.map(self._prepare, warm))
+        guards = [Guard(preprocessor, cfg.deadlines.decode_s) for _ in range(count + SPARES)]
+        self._threads = ThreadPoolExecutor(len(guards))
+        self._restarts = ThreadPoolExecutor(1)
+        self._guards = guards
+        # Of those with a child the first: it has the warmest memory. Without one: the last resort.
+        self._idle: queue.PriorityQueue[tuple[bool, int]] = queue.PriorityQueue()
+        assert bundle.golden is not None
+        samples = golden.inputs(bundle.golden)
+        # Each of them starts its child now, before any request.
+        found, *_ = self._threads.map(lambda guard: guard.outcomes(samples), guards)
+        pairs = zip(samples, found, strict=False)  # fewer where one of them ended the child
+        self._sound = next((sample for sample, row in pairs if isinstance(row, Prepared)), None)
+        for i in range(len(guards)):
+            self._put_back(i)
         self._lane = Lane(self._given, ROWS, count)
+
+    @property
+    def busy(self) -> bool:
+        """Whether pairs are being prepared now."""
+        return self._lane.busy
 
     async def prepare(self, samples: Sequence[Sample]) -> list[Prepared | BadRow]:
         """One outcome a sample, in order. Raises RunError when no child starts."""
@@ -41,21 +57,41 @@ class Decoders:
             found |= {i: row for i, row in tried if row is not None}
         return [found[i] for i in range(len(samples))]
 
+    async def check(self) -> None:
+        """Raises RunError when a golden pair cannot be prepared. It does not queue with others."""
+        if self._sound is None:
+            return
+        loop = asyncio.get_running_loop()
+        (row,) = await loop.run_in_executor(self._threads, self._prepare, [self._sound])
+        if not isinstance(row, Prepared):
+            raise RunError(f"a golden pair cannot be prepared: {row}")
+
     async def _given(self, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, self._prepare, samples)
+        work = loop.run_in_executor(self._threads, self._prepare, samples)
+        if (await asyncio.wait([work], timeout=LATE_S))[0]:
+            return work.result()
+        with self._lane.one_more():  # for the spare, while this one takes its time
+            return await work
 
     def _prepare(self, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
         """One outcome a row; None for those after one that ended the child, which are not made to
         wait for another of its kind."""
-        found: list[Prepared | BadRow | None] = []
-        guard = self._idle.get()
+        _, i = self._idle.get()
         try:
-            for sample in samples:
-                (tried,), (row,) = guard.prepare_all([sample])
-                found.append(fault(tried) if row is None else row)
-                if not guard.running:
-                    break
+            found: list[Prepared | BadRow | None] = [*self._guards[i].outcomes(samples)]
         finally:
-            self._idle.put(guard)
+            if self._guards[i].running:
+                self._put_back(i)
+            else:
+                self._restarts.submit(self._restart, i)
         return found + [None] * (len(samples) - len(found))
+
+    def _restart(self, i: int) -> None:
+        try:
+            self._guards[i].start()
+        finally:  # one that does not start says why to whoever is given it
+            self._put_back(i)
+
+    def _put_back(self, i: int) -> None:
+        self._idle.put((not self._guards[i].running, i))

@@ -109,22 +109,39 @@ class Guard:
 
     def prepare(self, sample: Sample) -> Any:
         """What is prepared of a sample, or the BadRow it is."""
-        pipe = self._pipe or self._start()
+        (outcome,) = self.outcomes([sample])
+        return outcome
+
+    def outcomes(self, samples: Sequence[Sample]) -> list[Any]:
+        """One a sample, in order, up to the first that ends the child, whose is the last: those
+        after it were not tried. All go to the child in one message. Raises RunError where no child
+        starts."""
+        pipe = self.start()
+        found: list[Any] = []
         try:
-            pipe.send(sample)
-            if not pipe.poll(self._seconds):
-                self._end(0)
-                return BadRow("image", TOO_LONG, f"more than {self._seconds:g} s")
-            outcome = pipe.recv()
+            pipe.send(samples)
+            while len(found) < len(samples) and self.running:
+                found.append(self._next(pipe))
         except (EOFError, OSError):
-            return BadRow("image", CRASHED, f"its process ended with {self._end()}")
+            found.append(BadRow("image", CRASHED, f"its process ended with {self._end()}"))
+        return found
+
+    def _next(self, pipe: Connection) -> Any:
+        if not pipe.poll(self._seconds):
+            self._end(0)
+            return BadRow("image", TOO_LONG, f"more than {self._seconds:g} s")
+        outcome = pipe.recv()
         if isinstance(outcome, MemoryError):
             self._end()
             return BadRow("image", TOO_MUCH_MEMORY, f"over {self._memory / GiB:g} GiB")
         return outcome
 
+    def start(self) -> Connection:
+        """Have a child, if there is none. Raises RunError where none comes to that."""
+        return self._pipe or self._start()
+
     def _start(self) -> Connection:
-        """A child that has said that it is there. Raises RunError where none comes to that."""
+        """A child that has said that it is there."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         asked = theirs, cloudpickle.dumps(self._preprocessor), self._memory  # type: ignore[no-untyped-call]
@@ -154,7 +171,8 @@ class Guard:
 
 
 def _serve(pipe: Connection, preprocessor: bytes, memory_bytes: int) -> None:
-    """The child: prepares one sample after another, until its parent is gone."""
+    """The child: prepares one sample after another, until its parent is gone; each is answered when
+    it is done, so that what came of those before one that ends this process is not lost."""
     import torch
 
     torch.set_num_threads(1)
@@ -163,12 +181,13 @@ def _serve(pipe: Connection, preprocessor: bytes, memory_bytes: int) -> None:
     pipe.send(True)
     while True:
         try:
-            sample = pipe.recv()
+            samples = pipe.recv()
         except EOFError:
             return
-        try:
-            pipe.send(prepare(sample))
-        except BadRow as error:
-            pipe.send(error)
-        except MemoryError:
-            pipe.send(MemoryError())
+        for sample in samples:
+            try:
+                pipe.send(prepare(sample))
+            except BadRow as error:
+                pipe.send(error)
+            except MemoryError:
+                pipe.send(MemoryError())

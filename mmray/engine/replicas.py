@@ -8,6 +8,7 @@ pixels made for another bundle are never scored, the pair itself is sent then.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
 from ray.exceptions import RayActorError, RayError
 from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -30,12 +30,14 @@ from mmray.errors import BadRow, BundleError, MmrayError, RunError
 from mmray.preprocess import Prepared
 from mmray.serving import app, card
 from mmray.serving.answers import Busy, Outcome, Result, outcomes
+from mmray.serving.headers import Door
 from mmray.serving.lane import Lane
 from mmray.serving.settings import ServeConfig, token_of
 
 ATTEMPTS = 3  # to score what a replica was given that died; scoring twice changes nothing
 
 #: Upper bounds of what histograms count.
+ROWS: list[float] = [1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256]
 SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 
 
@@ -48,6 +50,13 @@ def loaded(uri: str, fingerprint: str) -> Bundle:
             f"{fingerprint[:12]}; deploy it again"
         )
     return found
+
+
+def _settle() -> None:
+    """What a replica holds when it begins, it holds to its end: no collection of garbage need walk
+    through all of torch again."""
+    gc.collect()
+    gc.freeze()
 
 
 class Scorer:
@@ -67,20 +76,17 @@ class Scorer:
         self._pulse = self._pulse_of(bundle)
         # The model is one thread's; the event loop stays free to answer health checks.
         self._thread = ThreadPoolExecutor(1)
-        self._batched = serve.batch(
-            max_batch_size=score.batch_rows,
-            batch_wait_timeout_s=score.batch_wait_s,
-            max_concurrent_batches=score.concurrent_batches,
-            batch_size_fn=lambda groups: sum(len(group) for group in groups),
-        )(self._scored)
+        # Not serve.batch, which cuts its batches before one of them can start.
+        self._lane = Lane(self._scored, score.batch_rows, score.concurrent_batches)
+        self._meters = ModelMeters()
+        _settle()
 
     async def score(self, fingerprint: str, prepared: Sequence[Prepared]) -> list[Outcome] | None:
         """What the model makes of rows prepared for the bundle ``fingerprint``, at most
         ``batch_rows`` of them; None when this replica holds another bundle."""
         if fingerprint != self._predictor.fingerprint:
             return None
-        found: list[Outcome] = await self._batched(prepared)
-        return found
+        return await self._lane.results(prepared)
 
     async def score_samples(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Pairs as they came, prepared here: for a sender that knows another bundle."""
@@ -106,11 +112,11 @@ class Scorer:
 
     # --- in the model's thread -------------------------------------------------------------------
 
-    async def _scored(self, groups: list[Sequence[Prepared]]) -> list[list[Outcome]]:
-        rows = [row for group in groups for row in group]
-        loop = asyncio.get_running_loop()
-        found = iter(await loop.run_in_executor(self._thread, self._forward, rows))
-        return [[next(found) for _ in group] for group in groups]
+    async def _scored(self, prepared: list[Prepared]) -> list[Outcome]:
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
+        found = await loop.run_in_executor(self._thread, self._forward, prepared)
+        self._meters.scored(len(prepared), time.perf_counter() - began)
+        return found
 
     def _forward(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         samples = [Sample("request", i, "") for i in range(len(prepared))]
@@ -134,9 +140,22 @@ class Scorer:
         return float(abs(self._predictor.forward([row]).probabilities - expected).max())
 
 
+class ModelMeters:
+    """What Prometheus is told of the model."""
+
+    def __init__(self) -> None:
+        self._rows = metrics.Histogram("mmray_batch_rows", "Pairs scored together.", ROWS)
+        self._seconds = metrics.Histogram(
+            "mmray_model_seconds", "A batch, from the call of the model to its scores.", SECONDS
+        )
+
+    def scored(self, rows: int, seconds: float) -> None:
+        self._rows.observe(rows)
+        self._seconds.observe(seconds)
+
+
 class Meters:
-    """What Prometheus is told beside what Serve tells it (``ray_serve_batch_wait_time_ms``,
-    ``ray_serve_actual_batch_size``, ``ray_serve_batch_execution_time_ms``, queues, replicas)."""
+    """What Prometheus is told of requests, beside what Serve tells it (queues, replicas)."""
 
     def __init__(self) -> None:
         by: Any = ("path", "status")  # which Ray takes for one name
@@ -147,7 +166,6 @@ class Meters:
         self._decode = metrics.Histogram(
             "mmray_decode_seconds", "Pictures and captions of a request.", SECONDS
         )
-
         self._wait = metrics.Histogram(
             "mmray_wait_seconds", "Until a group of decoded pairs is sent to be scored.", SECONDS
         )
@@ -175,10 +193,17 @@ class Ingress:
         bundle = loaded(uri, fingerprint)
         # A bundle that fails here never replaces one that does not, even as the one to prepare for.
         Predictor(bundle, "cpu").check_golden()
-        self._cfg, self._scorer, self._fingerprint = cfg, scorer, fingerprint
+        self._cfg, self._fingerprint = cfg, fingerprint
+        # What goes between the two is of modules that both have: no need of cloudpickle's search.
+        self._scorer: DeploymentHandle[Scorer] = scorer.options(
+            request_serialization="pickle", response_serialization="pickle"
+        )
         self._decoders, self._meters = Decoders(bundle, cfg), Meters()
         score = cfg.score
-        self._lane = Lane(self._asked, score.batch_rows, score.groups, self._meters.waited)
+        self._lane = Lane(
+            self._asked, score.batch_rows, score.groups, self._meters.waited,
+            hold_s=score.batch_wait_s, coming=lambda: self._decoders.busy,
+        )  # fmt: skip
         self.card: Mapping[str, Any] = card.card(
             bundle, card.preprocessor_of(bundle, cfg), read_manifest(uri).task, cfg
         )
@@ -187,9 +212,12 @@ class Ingress:
         requests = logging.getLogger(serving_room.__name__)
         requests.parent = logging.getLogger("ray.serve")
         requests.setLevel(logging.INFO)
+        _settle()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return app.build(self, self._cfg, self._token, self._meters.answered)
+        made = app.build(self, self._cfg, self._token, self._meters.answered)
+        Door.application, Door.full = made, lambda: made.full
+        return made
 
     async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
         began = time.perf_counter()
@@ -210,6 +238,10 @@ class Ingress:
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             raise MmrayError("no replica that holds the model answers") from error
         return found
+
+    async def check_health(self) -> None:
+        """A golden pair through a decoder; a replica that fails is replaced."""
+        await self._decoders.check()
 
     async def _asked(self, pairs: Sequence[tuple[Sample, Prepared]]) -> list[Outcome]:
         """A group's outcomes."""

@@ -49,7 +49,8 @@ for process in psutil.process_iter(["name", "cmdline"]):
     if process.info["name"] == "haproxy" and sys.argv[1] in " ".join(process.info["cmdline"] or ()):
         process.kill()
 """
-LOGGING = {"enable_access_log": False, "encoding": "TEXT"}  # the ingress logs requests itself
+#: The ingress logs requests itself; Serve would make up a line of each before it drops that.
+LOGGING = {"enable_access_log": False, "encoding": "TEXT", "log_level": "WARNING"}
 
 
 def application(args: dict[str, Any]) -> serve.Application:

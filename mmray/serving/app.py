@@ -1,8 +1,7 @@
 """The application: HTTP -> samples -> a backend -> answers. Knows no Ray.
 
 A backend is whatever scores samples: in a cluster the replicas of ``engine.replicas``, in a test a
-Predictor. Every refusal leaves as a problem (RFC 9457); of a request only its id, sizes, the status
-and the reason are logged.
+Predictor. Every refusal leaves as a problem (RFC 9457), see ``responses``.
 """
 
 from __future__ import annotations
@@ -11,29 +10,29 @@ import asyncio
 import hashlib
 import hmac
 import logging
-import math
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
 from typing import Any, Protocol
-from uuid import uuid4
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from mmray import __version__
 from mmray.archive.rows import Sample
 from mmray.errors import BadRow, MmrayError, RunError
-from mmray.serving import bodies, pages, schema
-from mmray.serving.answers import PROBLEM, Busy, Outcome, Refused, Result
+from mmray.serving import bodies, pages, responses, schema
+from mmray.serving.answers import Busy, Outcome, Refused, Result
+from mmray.serving.responses import Observer
 from mmray.serving.settings import ServeConfig
 
 log = logging.getLogger(__name__)
+
+SMALL_BYTES = 256 << 10
 
 
 class Backend(Protocol):
@@ -62,6 +61,10 @@ class _Server:
     ongoing: int = 0  # requests that are scored
     held: int = 0  # bytes of their bodies
 
+    @property
+    def full(self) -> bool:
+        return self.ongoing >= self.cfg.decode.max_ongoing
+
     # --- scoring ---------------------------------------------------------------------------------
 
     async def score(self, request: Request) -> Response:
@@ -80,7 +83,7 @@ class _Server:
         began = time.perf_counter()
         self._check_headers(request)
         self._check_token(request)
-        if self.ongoing >= self.cfg.decode.max_ongoing:
+        if self.full:
             raise self._busy()
         self.ongoing += 1
         try:
@@ -99,11 +102,18 @@ class _Server:
         finally:
             self.ongoing -= 1
             self.held -= getattr(request.state, "bytes", 0)
-        found |= {"seconds": round(time.perf_counter() - began, 6), "request_id": _id(request)}
+        found |= {
+            "seconds": round(time.perf_counter() - began, 6),
+            "request_id": responses.id_of(request),
+        }
         return JSONResponse(found)
 
     async def _one(self, body: bytes, content_type: str) -> dict[str, Any]:
-        sample = await asyncio.to_thread(bodies.one, body, content_type, self.cfg.limits)
+        # A small body is read sooner than another thread is woken.
+        if len(body) <= SMALL_BYTES:
+            sample = bodies.one(body, content_type, self.cfg.limits)
+        else:
+            sample = await asyncio.to_thread(bodies.one, body, content_type, self.cfg.limits)
         (outcome,) = await self.backend.score([sample])
         if isinstance(outcome, BadRow):
             raise Refused.of_row(outcome)
@@ -193,81 +203,31 @@ def _too_large(size: int, most: int) -> Refused:
     return Refused(413, "body too large", f"{size} bytes, cap {most}", Connection="close")
 
 
-# --- what every answer goes through --------------------------------------------------------------
+class Application(FastAPI):
+    """Scoring goes to its handlers directly: FastAPI's way to them takes as long as they do."""
 
+    def __init__(self, server: _Server, *, needs_token: bool, observe: Observer) -> None:
+        super().__init__(
+            title="mmray", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
+        )
+        self._server = server
+        schema.add_routes(self, server, server.backend.card, needs_token=needs_token)
+        pages.add_routes(self)
+        self.add_exception_handler(Refused, responses.refused)
+        self.add_exception_handler(HTTPException, responses.http_error)
+        self.add_middleware(responses.Logged, observe=observe)
+        found = (route for route in self.routes if isinstance(route, APIRoute))
+        routes = {route.path: route for route in found if "POST" in (route.methods or ())}
+        self._direct, self._scoring = responses.Direct(routes, observe), frozenset(routes)
 
-def _id(request: Request) -> str:
-    """The request's id: the caller's ``X-Request-ID`` where it is a plain one, or a new one."""
-    known: str | None = getattr(request.state, "id", None)
-    if known is None:
-        asked = request.headers.get("x-request-id", "")
-        plain = 0 < len(asked) <= 64 and asked.isascii() and asked.replace("-", "").isalnum()
-        known = request.state.id = asked if plain else uuid4().hex
-    return known
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    request.state.reason = error.reason
-    return JSONResponse(error.problem(_id(request)), error.status, error.headers, PROBLEM)
-
-
-async def _http_error(request: Request, error: Exception) -> Response:
-    """404 and 405 of the router, as problems."""
-    assert isinstance(error, HTTPException)
-    phrase = HTTPStatus(error.status_code).phrase.lower()
-    headers = {name.replace("-", "_"): value for name, value in (error.headers or {}).items()}
-    return await _refused(request, Refused(error.status_code, phrase, **headers))
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """A bug of ours: what and where is for the log, without its text, which may quote a request."""
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    what = type(error).__name__
-    log.error("unexpected %s in %s:%s in request %s", what, where.name, where.lineno, _id(request))
-    return await _refused(request, Refused(500, "unexpected error"))
-
-
-#: Is told of every request, when it is over: path as routed, status, seconds.
-Observer = Callable[[str, int, float], None]
-
-
-class _Logged:
-    """One line a request: id, method, path as routed, status, reason, bytes, milliseconds."""
-
-    def __init__(self, app: ASGIApp, observe: Observer) -> None:
-        self.app, self.observe = app, observe
+    @property
+    def full(self) -> bool:
+        """Whether a request to score that comes now is refused."""
+        return self._server.full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request, began, status = Request(scope), time.perf_counter(), 0
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            status = message.get("status", status)
-            await send(message)
-
-        try:
-            await self.app(scope, receive, sending)
-        except Exception as error:  # answered; further out, its text would be logged
-            if status:
-                raise  # the answer has begun
-            await (await _failed(request, error))(scope, receive, sending)
-        finally:
-            path, seconds = getattr(scope.get("route"), "path", "-"), time.perf_counter() - began
-            self.observe(path, status, seconds)
-            log.info(
-                "%s %s %s %d %s %d bytes %d ms",
-                _id(request),
-                "-" if path == "-" else scope["method"],
-                path,
-                status,
-                getattr(request.state, "reason", "ok"),
-                getattr(request.state, "bytes", 0),
-                math.ceil(seconds * 1000),
-            )
+        scores = scope.get("method") == "POST" and scope["path"] in self._scoring
+        await (self._direct if scores else super().__call__)(scope, receive, send)
 
 
 def build(
@@ -275,16 +235,8 @@ def build(
     cfg: ServeConfig,
     token: bytes | None,
     observe: Observer = lambda path, status, seconds: None,
-) -> FastAPI:
+) -> Application:
     """The application over ``backend``; ``token`` as of ``settings.token_of``."""
-    server = _Server(backend, cfg, token)
     logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # it quotes what it reads
-    app = FastAPI(
-        title="mmray", version=__version__, docs_url=None, redoc_url=None, openapi_url=None
-    )
-    schema.add_routes(app, server, backend.card, needs_token=token is not None)
-    pages.add_routes(app)
-    app.add_exception_handler(Refused, _refused)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(_Logged, observe=observe)
-    return app
+    server = _Server(backend, cfg, token)
+    return Application(server, needs_token=token is not None, observe=observe)

@@ -1,16 +1,18 @@
 """Rows that wait, wait together: what is bounded is how many calls there are, not of how many rows.
 
 A row that comes alone goes at once. Those that come while calls are in work share the next one, so
-batches grow with the load and nobody waits for a row that may not come.
+batches grow with the load. A call that is not full may be held for rows that are known to be on
+their way; nobody waits for a row that may not come.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 from mmray.serving.answers import Busy
@@ -28,12 +30,33 @@ class Lane(Generic[T, R]):
         rows: int,
         calls: int,
         waited: Callable[[float], None] = lambda seconds: None,
+        *,
+        hold_s: float = 0.0,
+        coming: Callable[[], bool] = lambda: False,
     ) -> None:
         """``rows`` in a call at most, and ``calls`` at once; ``waited`` hears of every call for how
-        long the first of its rows waited."""
+        long the first of its rows waited. While calls are in work and ``coming`` says that more
+        rows are, one that is not full is held until its first row has waited ``hold_s``."""
         self._work, self._rows, self._calls, self._waited = work, rows, calls, waited
+        self._hold_s, self._coming = hold_s, coming
+        self._alarm: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[T, asyncio.Future[R], float]] = deque()
         self._running: set[asyncio.Task[None]] = set()
+
+    @property
+    def busy(self) -> bool:
+        """Whether rows wait or are in work."""
+        return bool(self._waiting or self._running)
+
+    @contextlib.contextmanager
+    def one_more(self) -> Iterator[None]:
+        """Meanwhile there may be one more call at once."""
+        self._calls += 1
+        self._start()
+        try:
+            yield
+        finally:
+            self._calls -= 1
 
     async def results(self, rows: Iterable[T]) -> list[R]:
         """One result a row, in order. Raises what ``work`` raises for a call with any of them, Busy
@@ -47,8 +70,21 @@ class Lane(Generic[T, R]):
         self._start()
         return list(await asyncio.gather(*futures))
 
+    def _held(self) -> bool:
+        """Whether those that wait, wait for more; then somebody looks again when that is over."""
+        if not self._running or len(self._waiting) >= self._rows or not self._coming():
+            return False
+        left = self._waiting[0][2] + self._hold_s - time.perf_counter()
+        if left > 0 and self._alarm is None:
+            self._alarm = asyncio.get_running_loop().call_later(left, self._ring)
+        return left > 0
+
+    def _ring(self) -> None:
+        self._alarm = None
+        self._start()
+
     def _start(self) -> None:
-        while self._waiting and len(self._running) < self._calls:
+        while self._waiting and len(self._running) < self._calls and not self._held():
             group: list[tuple[T, asyncio.Future[R]]] = []
             since = self._waiting[0][2]
             while self._waiting and len(group) < self._rows:

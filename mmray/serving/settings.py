@@ -105,14 +105,15 @@ class Score(Replicas):
     gpus: Annotated[float, Field(ge=0)] = 0.0  # of the cluster, reserved for each
     threads: Positive | None = None  # of torch; null: one a CPU reserved
     batch_rows: Positive = 16  # pairs scored together, at most
-    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.0  # for more of them to come
+    #: That decoded pairs wait for those that are being decoded; a pair that comes alone never does.
+    batch_wait_s: Annotated[float, Field(ge=0, le=10)] = 0.05
     concurrent_batches: Positive = 1  # in work at once in a replica, taking turns at the model
 
     @property
     def groups(self) -> int:
-        """That a decoding replica has out at once: one in work and two at hand, which go together
-        where they fit, for every replica there may be."""
-        return (2 + self.concurrent_batches) * self.max_replicas
+        """That a decoding replica has out at once: those in work and one at hand, for every replica
+        there may be; further pairs wait here, and fill the next group."""
+        return (1 + self.concurrent_batches) * self.max_replicas
 
     @model_validator(mode="after")
     def _check(self) -> Score:
@@ -211,4 +212,9 @@ def token_of(cfg: ServeConfig) -> bytes | None:
         return None
     if not token.strip():
         raise ConfigError(f"no bearer token in {where}, which must hold one on every replica")
+    if not token.strip().isascii():
+        raise ConfigError(
+            f"bearer token in {where}: not all ASCII, so that no header can carry it (RFC 6750); "
+            "make another, such as of `openssl rand -hex 32`"
+        )
     return hashlib.sha256(token.strip().encode()).digest()

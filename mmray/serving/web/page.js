@@ -92,6 +92,7 @@ function choose(blob) {
   if (at("preview").src) URL.revokeObjectURL(at("preview").src);
   at("preview").hidden = at("clear").hidden = !blob;
   at("drop-text").hidden = Boolean(blob);
+  at("unshown").hidden = true;
   if (blob) {
     at("preview").src = URL.createObjectURL(blob);
     at("preview").alt = blob.name ? `Chosen picture, ${blob.name}` : "Chosen picture";
@@ -104,8 +105,8 @@ function choose(blob) {
 at("preview").addEventListener("error", () => {
   if (!picture) return; // shown by no browser, read by the server perhaps: TIFF, for example
   at("preview").hidden = true;
-  at("drop-text").hidden = false;
-  at("drop-text").textContent = `${picture.name || "A picture"}: this browser cannot show it`;
+  at("unshown").hidden = false;
+  at("unshown").textContent = `${picture.name || "A picture"}: this browser cannot show it`;
 });
 at("file").addEventListener("change", () => {
   if (at("file").files.length) choose(at("file").files[0]);
