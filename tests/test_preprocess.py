@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from dataclasses import replace
 from typing import Literal
 
@@ -48,6 +49,15 @@ def test_a_pair_becomes_pixels_and_tokens() -> None:
     assert pair.pixels.dtype == np.uint8
     assert pair.tokens.dtype == np.int32
     assert (pair.tokens == TOKENIZER.encode("a red square")).all()
+
+
+def test_a_prepared_pair_comes_out_of_another_process_as_it_went_in() -> None:
+    pair = prepared(PAIR)
+    found = pickle.loads(pickle.dumps(pair))
+    assert pair.pixels is not None and (found.pixels == pair.pixels).all()
+    assert found.pixels.strides == pair.pixels.strides  # else every batch would be turned round
+    assert (found.tokens == pair.tokens).all()
+    assert pickle.loads(pickle.dumps(Prepared(None, None))) == Prepared(None, None)
 
 
 def test_a_model_of_one_modality_asks_for_no_other() -> None:

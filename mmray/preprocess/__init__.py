@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +40,15 @@ class Prepared:
 
     pixels: np.ndarray | None
     tokens: np.ndarray | None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By itself numpy writes an array out, and back, in the order of its axes.
+        in_memory = None if self.pixels is None else self.pixels.transpose(1, 2, 0)
+        return _read_back, (in_memory, self.tokens)
+
+
+def _read_back(in_memory: np.ndarray | None, tokens: np.ndarray | None) -> Prepared:
+    return Prepared(None if in_memory is None else in_memory.transpose(2, 0, 1), tokens)
 
 
 def fault(sample: Sample) -> BadRow:
