@@ -17,6 +17,7 @@ from typing import Any
 import boto3
 import pyarrow as pa
 import pytest
+import runs
 import tiny
 from archives import read
 from botocore.exceptions import ClientError
@@ -149,3 +150,46 @@ def test_an_archive_is_scored_killed_continued_and_verified(
     local = [str(tmp_path / name) for name in ("bundle", "archive", "out")]
     score_to_the_end(["score", *local[:2], "--out", local[2]], story)
     assert scores(out) == scores(local[2])  # what Parquet metadata says of the run apart
+
+
+@pytest.mark.timeout(600)
+def test_what_was_set_aside_is_handed_out_and_tried_again_in_place(
+    bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    said = io.StringIO()
+    story, out = Story(Console(said)), f"{bucket}/scored"
+    tiny.bundle(f"{bucket}/bundle")
+    for name, pairs in {
+        "a.tar": [*tiny.members(9), *runs.BROKEN],
+        "b.tar": tiny.members(6),
+    }.items():
+        tar = tiny.write_tar(tmp_path / name, pairs)
+        storage.write_bytes(f"{bucket}/archive/{name}", tar.read_bytes())
+    large = "image too large: 9x9 pixels, cap 64"
+    whole = runs.finished(
+        f"{bucket}/bundle",
+        f"{bucket}/archive",
+        out,
+        lambda sample: large if sample.shard == "a.tar" and sample.row < 3 else None,
+    )
+    before = dict(written(bucket))
+
+    def command(*line: str) -> None:
+        with Child(list(line), story.within(line[0])) as child:
+            child.check()
+
+    command("rejects", out, "--reason", "image too large", "--export", f"{bucket}/rejects")
+    manifest = storage.read_bytes(f"{bucket}/rejects/manifest.csv").decode()
+    assert manifest.count("image too large") == 3 and "a.tar" in manifest
+    (tar,) = [name for name in names(f"{bucket}/rejects") if name.endswith(".tar")]
+    assert tiny.jpeg(1) in storage.read_bytes(f"{bucket}/rejects/{tar}")
+
+    command("retry", out, "--reason", "image too large")
+    after = scores(out)
+    assert after["a.tar"].column("error").slice(0, 9).null_count == 9, said.getvalue()
+    assert after["a.tar"].slice(3).equals(whole["a.tar"].slice(3))
+    changed = {key for key, when in written(bucket) if key in before and before[key] != when}
+    assert {key for key in changed if "/scores/" in key} == {"scored/scores/a.tar.parquet"}
+    assert not names(f"{out}/_run/retry")
+    command("verify", out, "--deep")
