@@ -35,6 +35,7 @@ MODELS = ("mobilenet", "classic")
 SIDE = 512  # px, of the JPEGs
 DEV_ROWS = 32
 SHARDS = 4
+NICENESS = 15  # Ray gives it to its workers: else other work would hold up mmray's arms alone
 CLASSIC = Path(__file__).parents[1] / "jobs" / "configs" / "classic.yaml"
 
 
@@ -68,6 +69,7 @@ def run(arm: str, model: str, archive: Path, args: argparse.Namespace) -> dict[s
         else:
             loaders = args.loaders if arm == "torchrun_loaders" else 0
             command = [
+                "nice", "-n", str(NICENESS),
                 sys.executable, "-m", "torch.distributed.run", "--standalone",
                 "--nproc-per-node", str(args.workers), str(Path(__file__).with_name("_ddp.py")),
                 str(path), "--loaders", str(loaders), *(["--keep"] if "kept" in arm else []),
