@@ -34,9 +34,9 @@ class Door:
     would order Serve about, and an id that is not plain: the one in the answer's header is that in
     its body and in the log. Where the application of this process is full, it asks that at once."""
 
-    #: The application of this process, and whether it is full; set where there is one.
+    #: The application of this process, and whether it is full; both are set where there is one.
     application: ASGIApp | None = None
-    full: Callable[[], bool] = staticmethod(lambda: False)
+    full: Callable[[], bool] | None = None
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -56,7 +56,8 @@ class Door:
         request_id = plain_id(headers) or uuid4().hex
         scope["headers"] = [(n, v) for n, v in headers if n not in ORDERS and n != ID]
         scope["headers"].append((ID, request_id.encode()))
-        if Door.application is None or not Door.full() or scope["method"] != "POST":
+        full = Door.full is not None and Door.full() and scope["method"] == "POST"
+        if Door.application is None or not full:
             await self.app(scope, receive, send)  # Serve puts the id into the answer
             return
 
