@@ -227,10 +227,12 @@ def test_at_the_door_orders_are_taken_away_and_a_full_server_answers_past_everyt
         seen.append(dict(scope["headers"]))
         await JSONResponse({"behind": True})(scope, receive, send)
 
-    async def application(scope: Any, receive: Any, send: Any) -> None:
-        await JSONResponse({"id": Request(scope).headers["x-request-id"]}, 503)(
-            scope, receive, send
-        )
+    class Full:
+        full = True
+
+        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+            answer = JSONResponse({"id": Request(scope).headers["x-request-id"]}, 503)
+            await answer(scope, receive, send)
 
     door = TestClient(Door(behind))
     orders = {"x-request-timeout-seconds": "0.001", "x-session-id": "a", "x-other": "b"}
@@ -238,8 +240,7 @@ def test_at_the_door_orders_are_taken_away_and_a_full_server_answers_past_everyt
         door.post("/v1/score", headers={**orders, "x-request-id": asked})
         assert not ORDERS & seen[-1].keys() and seen[-1][b"x-other"] == b"b"
         assert (seen[-1][b"x-request-id"] == asked.encode()) == kept
-    monkeypatch.setattr(Door, "application", staticmethod(application))
-    monkeypatch.setattr(Door, "full", staticmethod(lambda: True))
+    monkeypatch.setattr(Door, "application", Full())
     answer = door.post("/v1/score")
     assert answer.status_code == 503 and answer.json()["id"] == answer.headers["x-request-id"]
     assert door.get("/livez").json() == {"behind": True}

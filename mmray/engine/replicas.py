@@ -216,7 +216,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         made = app.build(self, self._cfg, self._token, self._meters.answered)
-        Door.application, Door.full = made, lambda: made.full
+        Door.application = made
         return made
 
     async def score(self, samples: Sequence[Sample]) -> list[Outcome]:

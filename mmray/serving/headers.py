@@ -6,7 +6,8 @@ which replica to ask. A request that is refused costs Serve as much as one that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Protocol
 from uuid import uuid4
 
 from starlette.middleware import Middleware
@@ -29,14 +30,22 @@ ORDERS = frozenset(
 )
 
 
+class Fillable(Protocol):
+    """An application that may be full."""
+
+    @property
+    def full(self) -> bool: ...
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None: ...
+
+
 class Door:
     """Answers 400 to a request with a header that is not UTF-8. Of all others it takes away what
     would order Serve about, and an id that is not plain: the one in the answer's header is that in
     its body and in the log. Where the application of this process is full, it asks that at once."""
 
-    #: The application of this process, and whether it is full; both are set where there is one.
-    application: ASGIApp | None = None
-    full: Callable[[], bool] | None = None
+    #: The application of this process, where there is one.
+    application: Fillable | None = None
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -56,8 +65,8 @@ class Door:
         request_id = plain_id(headers) or uuid4().hex
         scope["headers"] = [(n, v) for n, v in headers if n not in ORDERS and n != ID]
         scope["headers"].append((ID, request_id.encode()))
-        full = Door.full is not None and Door.full() and scope["method"] == "POST"
-        if Door.application is None or not full:
+        application = Door.application
+        if application is None or not application.full or scope["method"] != "POST":
             await self.app(scope, receive, send)  # Serve puts the id into the answer
             return
 
@@ -66,7 +75,7 @@ class Door:
                 message["headers"] = [*message["headers"], (ID, request_id.encode())]
             await send(message)
 
-        await Door.application(scope, receive, sending)
+        await application(scope, receive, sending)
 
 
 def plain_id(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
