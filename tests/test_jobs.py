@@ -223,7 +223,7 @@ def test_what_emit_config_prints_is_what_serve_deploy_takes(
             r'^ray_mmray_requests\w*\{.*path="/v1/score".*status="200"\} 1',
             r"^ray_mmray_request_seconds_bucket",
             r"^ray_mmray_decode_seconds_bucket",
-            r"^ray_serve_actual_batch_size_bucket",
+            r"^ray_mmray_batch_rows_bucket",
         ]
         while missing := [p for p in counted if not re.search(p, prometheus(cluster), re.M)]:
             assert time.monotonic() < deadline, f"Prometheus is not told of {missing}"
