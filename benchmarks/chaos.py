@@ -5,11 +5,10 @@
 A cluster of three nodes runs on this machine. Every round scores the same archive into a new place
 and kills, with -9, at random moments: the driver (the same command is then run again), a scoring
 actor, a reader, a whole node (another takes its place). Afterwards the content must be that of an
-undisturbed run, `mmray verify` must hold, and no more rows may have been scored again than what was
-in flight; else it exits with 1. ``rescored``: rows that were scored a second time although their
-part was written; ``most``: how many that may be, see ``IN_FLIGHT_AT``. ``rounded``: rows whose
-scores differ from the undisturbed run's, by ``ROUNDING`` at most: a chunk that is lost twice runs
-again row by row, and a batch of one is summed in another order. Without ``--json`` a line a round.
+undisturbed run, to the last bit of every score, `mmray verify` must hold, and no more rows may have
+been scored again than what was in flight; else it exits with 1. ``rescored``: rows that were scored
+a second time although their part was written; ``most``: how many that may be, see ``IN_FLIGHT_AT``.
+Without ``--json`` a line a round.
 """
 
 from __future__ import annotations
@@ -28,27 +27,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-import pyarrow as pa
 import pyarrow.parquet as pq
 from _corpus import pictures, write_bundle, write_tars
 from ray.cluster_utils import Cluster
 
-from mmray.archive.rows import PROBABILITY
 from mmray.engine.ingest import CHUNK_ROWS
-from mmray.engine.placement import IN_FLIGHT
 from mmray.verify import verify
 
 KINDS = ("driver", "scorer", "reader", "node")
 NODES, SHARDS, COMMANDS, SECONDS = 3, 12, 12, 600
 SCRIPT = Path(__file__).with_name("_chaos.py")
-ROUNDING = 1e-6
-CHUNK = IN_FLIGHT * CHUNK_ROWS  # rows at one scoring actor, of which a node has one
 #: Rows whose scores may be written, or be on the way, when a process is killed, and unknown to who
-#: goes on: at every actor when the driver dies, as they outlive it for a moment; at one else. What
-#: a reader held was not scored.
-IN_FLIGHT_AT = {"driver": NODES * CHUNK, "scorer": CHUNK, "reader": 0, "node": CHUNK}
+#: goes on: a chunk at every actor (a node has one) when the driver dies, as they outlive it for a
+#: moment; at one else, as an actor scores one after the other. What a reader held was not scored.
+IN_FLIGHT_AT = {
+    "driver": NODES * CHUNK_ROWS,
+    "scorer": CHUNK_ROWS,
+    "reader": 0,
+    "node": CHUNK_ROWS,
+}
 #: In the names that Ray gives its workers.
 SCORER, READER = "Scorer", "ReadPieces"
 
@@ -116,8 +114,7 @@ class Bench:
             "seconds": round(time.monotonic() - began, 1),
             "rescored": sum(scored.values()) - len(scored),
             "most": sum(IN_FLIGHT_AT[kind] * count for kind, count in killed.items()),
-            "same": same(found, self.whole),
-            "rounded": sum(rounded(found[path], self.whole[path]) for path in self.whole),
+            "same": found == self.whole,
             "verified": verdict.ok and verdict.rows == self.rows,
         }
 
@@ -158,31 +155,6 @@ class Bench:
         self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
         self.nodes.append(self.cluster.add_node(**self._node_args))
         return True
-
-
-def same(found: dict[str, pa.Table], whole: dict[str, pa.Table]) -> bool:
-    """Whether both hold the same rows with the same outcomes, and scores within ``ROUNDING``."""
-    return found.keys() == whole.keys() and all(
-        bare(found[path]) == bare(whole[path])
-        and np.allclose(scores(found[path]), scores(whole[path]), 0, ROUNDING, equal_nan=True)
-        for path in whole
-    )
-
-
-def rounded(found: pa.Table, whole: pa.Table) -> int:
-    """Rows that do not have the very same scores."""
-    pairs = zip(scores(found), scores(whole), strict=True)
-    return sum(not np.array_equal(one, other, equal_nan=True) for one, other in pairs)
-
-
-def bare(table: pa.Table) -> pa.Table:
-    return table.drop([name for name in table.column_names if name.startswith(PROBABILITY)])
-
-
-def scores(table: pa.Table) -> np.ndarray:
-    """float [rows, labels], not a number where set aside."""
-    named = [name for name in table.column_names if name.startswith(PROBABILITY)]
-    return np.stack([table[name].to_numpy() for name in named], axis=1).astype(np.float64)
 
 
 def _kill(driver: subprocess.Popen[bytes]) -> bool:

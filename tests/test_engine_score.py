@@ -282,6 +282,30 @@ class TestOneRun:
         assert summary["reasons"] == {"worker died": 1}
         assert summary["rows"] == 17 and verify(str(tmp_path)).ok
 
+    def test_what_is_unlucky_twice_gets_the_scores_of_an_undisturbed_run(
+        self, bundle: str, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Its worker dies in the first pass and in the next; its rows are scored together all the
+        same, and so to the last bit as ever."""
+        deaths = tmp_path / "deaths"
+        deaths.mkdir()
+
+        class UnluckyScorer(Scorer):
+            def _score(self, samples: list[Sample], prepared: Any) -> dict[str, Any]:
+                if any(sample.key == KILLER for sample in samples):
+                    died = len(list(deaths.iterdir()))
+                    (deaths / f"{died}-{len(samples)}").touch()
+                    if died < 2:
+                        os._exit(1)
+                return super()._score(samples, prepared)
+
+        monkeypatch.setattr(dataflow, "Scorer", UnluckyScorer)
+        summary = run(bundle, archive, tmp_path / "out", shards="2025/*")
+        assert sorted(path.name for path in deaths.iterdir()) == ["0-4", "1-4", "2-4"]
+        name = "2025/00002.tar.parquet"
+        assert content(tmp_path / "out")[name] == expected(bundle, archive)[name]
+        assert (summary["rows"], summary["set_aside"]) == (17, 0)
+
 
 KILLER = "00007"
 

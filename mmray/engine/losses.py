@@ -2,7 +2,9 @@
 
 A worker takes every chunk it holds with it, and which of them killed it is not known. So lost
 chunks run again as they were, one at a time on a worker, before a witness: a chunk that it saw
-begin and that never came back is cut into rows, and a row lost so twice is guilty.
+begin twice and that never came back is cut into rows, and a row lost so twice is guilty. What was
+only unlucky runs as in an undisturbed run, to the last bit of its scores: for a chunk to be cut,
+its worker must die three times.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from mmray.engine.pieces import Piece
 from mmray.ledger import Interval, joined
 
-DEATHS = 2  # a row that takes a worker with it twice, alone, is set aside
+#: Before a witness: of a chunk until its rows run alone, and of a row alone until it is set aside.
+DEATHS = 2
 
 
 class Witness:
@@ -46,7 +49,7 @@ class Losses:
 
     def __init__(self, suspects: Mapping[str, Iterable[int]]) -> None:
         self._suspects = {shard: set(rows) for shard, rows in suspects.items()}
-        self._deaths: Counter[tuple[str, int]] = Counter()
+        self._deaths: Counter[tuple[str, int, int]] = Counter()
 
     @property
     def known(self) -> int:
@@ -63,12 +66,12 @@ class Losses:
             left = {row for row in _rows(lost.get(shard, ())) if start <= row < stop}
             if start not in left:
                 continue
-            if stop - start == 1:
-                self._deaths[shard, start] += 1
-            self._suspects.setdefault(shard, set()).update(left)
+            self._deaths[shard, start, stop] += 1
+            if self._deaths[shard, start, stop] == DEATHS:
+                self._suspects.setdefault(shard, set()).update(left)
 
     def guilty(self, shard: str, lost: Iterable[Interval]) -> list[int]:
-        return [row for row in _rows(lost) if self._deaths[shard, row] >= DEATHS]
+        return [row for row in _rows(lost) if self._deaths[shard, row, row + 1] >= DEATHS]
 
     def pieces(self, of: Piece, lost: Iterable[Interval]) -> Iterator[Piece]:
         """The lost rows to run again ``of`` a whole shard: suspects one by one, others in chunks as
