@@ -41,7 +41,10 @@ def test_a_log_is_not_flooded() -> None:
 def test_the_meter_counts_only_this_commands_work_into_its_rate() -> None:
     meter = Meter(total_bytes=1000, total_shards=4, done_bytes=500, resumed_bytes=500)
     meter.started -= 10
-    meter.take(100, 3, 250)
+    meter.take(20, 3, 50)
+    assert "ETA ?" in meter.line()
+    meter.started -= 8
+    meter.take(80, 0, 200)
     meter.spend("decode", 3.0)
     meter.spend("predict", 1.0)
     line = meter.line()

@@ -138,17 +138,23 @@ class Meter:
         return self._per_second(self.rows, self._first[0])
 
     def _per_second(self, now: int, first: int) -> float:
-        steady = self.seconds - self.first_rows_s if self.first_rows_s is not None else 0.0
-        if steady < 1 or now == first:  # too early to tell the two apart
+        if not self._settled(now, first):  # too early to tell them from the start
             return now / self.seconds if self.seconds else 0.0
-        return (now - first) / steady
+        return (now - first) / (self.seconds - (self.first_rows_s or 0.0))
+
+    def _settled(self, now: int, first: int) -> bool:
+        """Whether so much was done since the first rows that it says how fast the rest will be."""
+        since = self.first_rows_s
+        return since is not None and self.seconds - since >= 1 and now > first
 
     def line(self) -> str:
         share = self.done_bytes / self.total_bytes if self.total_bytes else 1.0
         fresh = self.fresh_bytes
         left = self.total_bytes - self.done_bytes
         speed = self._per_second(fresh, self._first[1])
-        eta = duration(left / speed) if speed else "?"
+        # What starting took, spread over the first rows, would make hours of minutes.
+        told = speed and (self._settled(fresh, self._first[1]) or not left)
+        eta = duration(left / speed) if told else "?"
         known = self.rows and fresh > 0
         estimate = f"~{round(self.rows * (left + fresh) / fresh):,}" if known else "?"
         return (
