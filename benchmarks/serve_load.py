@@ -2,7 +2,7 @@
 
     python benchmarks/serve_load.py [--encoders resnet18,mobilenet_v3_small] [--images small,large]
         [--seconds 15] [--overload 60] [--changes 20] [--arms predictor,mmray,fastapi,litserve]
-        [--json]
+        [--replicas N] [--json]
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
 server the same. At saturation 48 callers each wait for their answer. The other loads are open:
@@ -16,7 +16,8 @@ Last, under half of the load, replicas are killed and bundles change, see ``_cha
 
 ``small`` pictures are JPEGs of about 50 KB, ``large`` ones of about 1 MB. Where several cases are
 run, the JSON keys have the worst of them. LitServe: `pip install litserve`; without, that arm is
-left out. mmray has a scoring replica a core, LitServe a worker a core.
+left out. mmray has a scoring replica a core, or ``--replicas``: with a model that takes less than
+what surrounds it, fewer have fuller batches. LitServe has a worker a core.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
     parser.add_argument("--overload", type=float, default=60.0, help="seconds; 0: none")
     parser.add_argument("--changes", type=float, default=20.0, help="seconds of each; 0: none")
+    parser.add_argument("--replicas", type=int, default=CORES, help="of mmray that score")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
     arms = [a for a in args.arms.split(",") if a != "litserve" or _there("litserve")]
@@ -107,7 +109,7 @@ def run(
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
-    with server(arm, bundle) as (process, port):
+    with server(arm, bundle, args.replicas) as (process, port):
         asked = {"host": "127.0.0.1", "port": port, "path": "/v1/score", "bodies": str(bodies)}
         load({**asked, "in_flight": CALLERS, "seconds": WARM_S})
         full = load({**asked, "in_flight": CALLERS, "seconds": args.seconds})
@@ -156,7 +158,7 @@ def _memory(process: psutil.Process) -> int:
 
 
 @contextmanager
-def server(arm: str, bundle: Path) -> Iterator[tuple[psutil.Process, int]]:
+def server(arm: str, bundle: Path, replicas: int) -> Iterator[tuple[psutil.Process, int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -164,7 +166,7 @@ def server(arm: str, bundle: Path) -> Iterator[tuple[psutil.Process, int]]:
     path = "/docs"
     if arm == "mmray":
         command = [sys.executable, "-m", "mmray", "serve", bundle, "--port", str(port)]
-        command += ["--replicas", str(CORES)]
+        command += ["--replicas", str(replicas)]
         path = "/readyz"
     environment = {**os.environ, "RAY_ADDRESS": "local"}
     with tempfile.TemporaryFile("w+") as said:
