@@ -94,7 +94,7 @@ class Decode(Replicas):
 
     #: That wait in Serve's proxy; behind HAProxy, none do.
     max_queued: Annotated[int, Field(ge=0)] = 128
-    processes: Positive = 1  # that decode, in each replica
+    processes: Positive = 2  # that decode, in each replica: one is the bottleneck of large pictures
 
 
 class Score(Replicas):
