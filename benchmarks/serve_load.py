@@ -8,8 +8,10 @@ Requests are multipart, over loopback, from a second process on the same cores, 
 server the same. At saturation 48 callers each wait for their answer. The other loads are open:
 requests come when they come, at 25, 50, 75 and 90 % of that rate, then at three times of it for
 ``--overload`` seconds, with the server's memory looked at every second, then at a quarter again:
-``recovery_s`` is when, after an overload, that quarter was first answered in full. What light load
-adds is its median at 10 % less what one pair takes in a Predictor alone.
+``recovery_s`` is when, after an overload, that quarter was first answered in full. Light load is
+five requests a second, so that they come one at a time, as those of the bare Predictor do by which
+it is measured; a tenth of what batches make possible may be half of what single pairs do. What it
+adds is the difference of the medians.
 
 Last, under half of the load, replicas are killed and bundles change, see ``_changes.py``:
 ``--changes`` is for how many seconds each is watched; 0: none of it.
@@ -50,6 +52,7 @@ ARMS = ("predictor", "mmray", "fastapi", "litserve")
 ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
 LOADS = (0.25, 0.5, 0.75, 0.9)
+LIGHT = 5.0  # requests a second
 CALLERS, WARM_S, RECOVERY_S = 48, 5.0, 10.0
 ANSWERED = 0.8  # of what is asked in a second: all, but for chance
 START_S = 240.0
@@ -124,7 +127,7 @@ def run(
 def under_loads(
     asked: dict[str, Any], most: float, args: argparse.Namespace, process: psutil.Process
 ) -> dict[str, Any]:
-    light = load({**asked, "rate": 0.1 * most, "seconds": args.seconds})
+    light = load({**asked, "rate": LIGHT, "seconds": args.seconds})
     loads = {
         f"{share:.0%}": load({**asked, "rate": share * most, "seconds": args.seconds})
         for share in LOADS
@@ -259,7 +262,7 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _loads(found: dict[str, Any]) -> list[str]:
-    named = {"10%": found["light"], **found["loads"]}
+    named = {f"{LIGHT:g}/s": found["light"], **found["loads"]}
     more = ("overload", "recovery", *CHANGES)
     named |= {k: found[k] for k in more if k in found}
     lines = [f"  {'load':15}{'sent':>7}{'per s':>8}{'p50':>8}{'p95':>8}{'p99 ms':>8}  statuses"]
