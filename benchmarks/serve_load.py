@@ -18,7 +18,7 @@ Last, under half of the load, replicas are killed and bundles change, see ``_cha
 
 ``small`` pictures are JPEGs of about 50 KB, ``large`` ones of about 1 MB. Where several cases are
 run, the JSON keys have the worst of them. LitServe: `pip install litserve`; without, that arm is
-left out. mmray has a scoring replica a core, or as many as ``--replicas``; LitServe a worker a core.
+left out. mmray has a scoring replica a core, or ``--replicas`` of them; LitServe a worker a core.
 """
 
 from __future__ import annotations
