@@ -118,7 +118,6 @@ class _Worker:
                 self.plain,
                 device_ids=[self.device] if on_gpu else None,
                 gradient_as_bucket_view=True,
-                broadcast_buffers=False,  # training reads none of them; before evaluation, Dev does
             )
         self.optimizer = learn.make_optimizer(self.model, self.cfg.train)
         averages = self.cfg.train.average == "ema"
