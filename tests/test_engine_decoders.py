@@ -18,7 +18,7 @@ from mmray.engine import decoders
 from mmray.engine.decoders import Decoders
 from mmray.errors import BadRow, RunError
 from mmray.preprocess import Prepared
-from mmray.serving.settings import Deadlines, ServeConfig
+from mmray.serving.settings import Deadlines, Decode, ServeConfig
 
 DEADLINE_S = 3.0
 
@@ -42,7 +42,8 @@ def asked(*captions: str) -> list[Sample]:
 def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Decoders:
     bundle = bundles.load(tiny.bundle(str(tmp_path / "b")))
     monkeypatch.setattr(decoders.card, "preprocessor_of", lambda bundle, cfg: Deadly())
-    return Decoders(bundle, ServeConfig(deadlines=Deadlines(decode_s=DEADLINE_S)))
+    cfg = ServeConfig(deadlines=Deadlines(decode_s=DEADLINE_S), decode=Decode(processes=1))
+    return Decoders(bundle, cfg)
 
 
 def test_a_picture_that_kills_or_hangs_its_decoder_costs_itself_alone_and_no_time(
@@ -81,7 +82,7 @@ def test_a_replica_whose_decoders_do_not_start_is_told_so(
             raise RunError("a process to decode in did not start")
 
         monkeypatch.setattr("mmray.engine.guard.Guard._start", fails)
-        for _ in range(2):  # with both children gone
+        for _ in range(2):  # with both children gone: it has one, and a spare one
             await made.prepare(asked("die"))
         with pytest.raises(RunError, match="did not start"):
             await made.check()
