@@ -41,10 +41,6 @@ PASSED_ON = (
 #: Of a Ray that lives as long as this command, with no dashboard: nobody reads what each of its
 #: processes would report every second, which on two cores costs scoring 2 %.
 UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
-#: Of every process: one heap for all threads. Ray Data and Serve run a model in a thread, and a
-#: heap that glibc makes for a thread ends at 64 MiB: a network's larger outputs were new pages from
-#: the kernel in every batch, see ``memory``.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "1"}
 #: Of a Ray that is started to serve: HAProxy before replicas that speak HTTP themselves, gRPC among
 #: them, one event loop in each; a request's line is written when it ends, not with 999 others.
 #: https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
@@ -194,8 +190,6 @@ def _workers() -> list[psutil.Process]:
 
 def _start(num_cpus: int | None, log_to_driver: bool, metrics_port: int | None) -> None:
     """Start Ray here; its workers inherit this process's environment and import path."""
-    for name, value in ALLOCATOR.items():
-        os.environ.setdefault(name, value)
     if metrics_port is None:
         for name, value in UNWATCHED.items():
             os.environ.setdefault(name, value)
@@ -308,8 +302,9 @@ def _wants_token(error: Exception) -> bool:
 
 def _runtime_env() -> dict[str, Any]:
     """What workers elsewhere need of this process: where storage is, and this very mmray."""
-    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    environment: dict[str, Any] = {"env_vars": ALLOCATOR | passed_on}
+    environment: dict[str, Any] = {
+        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    }
     job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     if "working_dir" not in job:  # else Ray has brought it
         environment["py_modules"] = [str(Path(mmray.__file__).parent)]
@@ -327,9 +322,7 @@ def _quiet_data() -> None:
     lost worker raised is said without its traceback, which is Ray's own, and which would keep the
     pool's actors, and their CPUs, for as long as a log handler keeps the record.
     """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.memory_usage_poll_interval_s = None  # for its own report, of every page of an actor
+    DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):

@@ -124,9 +124,7 @@ def _http(cfg: ServeConfig) -> dict[str, Any]:
 def config_file(bundle: str, cfg: ServeConfig) -> str:
     """The YAML that `serve deploy` takes; every value that is not its default is in it."""
     read_manifest(bundle)  # a bundle that is not there is found now
-    passed_on = cluster.ALLOCATOR | {
-        name: os.environ[name] for name in cluster.PASSED_ON if name in os.environ
-    }
+    passed_on = {name: os.environ[name] for name in cluster.PASSED_ON if name in os.environ}
     tree = {
         "proxy_location": "EveryNode",
         "http_options": _http(cfg),
@@ -136,7 +134,7 @@ def config_file(bundle: str, cfg: ServeConfig) -> str:
                 "name": NAME,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                "runtime_env": {"env_vars": passed_on},
+                **({"runtime_env": {"env_vars": passed_on}} if passed_on else {}),
                 "args": {
                     "bundle": storage.absolute(bundle),
                     "config": cfg.model_dump(mode="json", exclude_defaults=True),
