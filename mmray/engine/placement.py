@@ -29,11 +29,16 @@ class Pool:
     gpus: float | None = None
 
     def strategy(self, *, pieces: int, in_flight: int = IN_FLIGHT) -> ActorPoolStrategy:
-        """For ``pieces`` of work: no more actors than that; ``in_flight`` chunks at each."""
+        """For ``pieces`` of work: no more actors than that; ``in_flight`` chunks at each.
+
+        An actor takes one call at a time, and in its main thread: Ray Data's own thread has one of
+        glibc's heaps of 64 MiB, where a network's larger outputs are new pages in every batch.
+        """
         return ActorPoolStrategy(
             min_size=min(self.least, pieces),
             max_size=min(self.most, pieces),
             max_tasks_in_flight_per_actor=in_flight,
+            enable_true_multi_threading=True,  # without a thread of Ray Data's before the actor
         )
 
 
