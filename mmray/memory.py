@@ -10,6 +10,10 @@ import sys
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 1 << 30
 
+#: Environment of a process that computes in a thread: one heap for all threads. Those that glibc
+#: makes for one end at 64 MiB, and what needs another is new pages each time all the same.
+ONE_HEAP = {"MALLOC_ARENA_MAX": "1"}
+
 
 @functools.cache
 def keep_freed_memory() -> None:

@@ -22,7 +22,7 @@ import stage
 from ray.cluster_utils import Cluster
 
 from mmray.config import TrainConfig
-from mmray.engine import loop
+from mmray.engine import fit, loop
 from mmray.engine import train as engine
 
 ALONE_STEPS, LAST_STEP = 4, 24  # of 32
@@ -76,7 +76,7 @@ def main(config: str, folder: str) -> None:
             ).start()
 
     loop.train_loop = Paced(folder)  # type: ignore[assignment]
-    engine.RESIZE_SECONDS = 2.0
+    fit.RESIZE_SECONDS = 2.0
     engine.SAVE_SECONDS = 60.0  # but for the notice, checkpoints are those of the epochs
     engine.SAY_SECONDS = 0.0
     done = engine.train(TrainConfig.model_validate_json(config), progress=progress)

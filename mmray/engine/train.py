@@ -12,10 +12,9 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import ray
-import ray.train
 
 from mmray import splits, storage
 from mmray.bundle import Bundle
@@ -24,13 +23,14 @@ from mmray.engine import cluster, rundir
 from mmray.engine.board import Board
 from mmray.engine.bundling import save_bundle
 from mmray.engine.feeder import WINDOWS, Stream, feeding
+from mmray.engine.fit import fit
 from mmray.engine.negatives import Negatives, find_negatives
 from mmray.engine.plan import Plan, absolute, initial_weights, make_plan, spec_of
 from mmray.engine.prepared import PreparedSet, Recipe, Wanted, prepare, wanted_rows
 from mmray.engine.scan import LabelledRows, archive_shards, scan
 from mmray.engine.units import units_of
 from mmray.engine.workers import Workers, choose_workers, decoders_beside
-from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.errors import ConfigError, RunError
 from mmray.labels import LabelIndex
 from mmray.lease import Lease
 from mmray.preprocess import TextTokenizer, train_tokenizer
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
 
 SAY_SECONDS = 10.0  # between lines of progress
 SAVE_SECONDS = 120.0  # between checkpoints inside an epoch
-KEEP_CHECKPOINTS = 2
-RESIZE_SECONDS = 60.0  # between looks for more or fewer machines, where their number may change
-WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
 MEMORY_SHARE = 0.8  # of the object store, for prepared rows
 
 #: Defaults for Ray's own part, which knows them by no other way.
@@ -305,12 +302,8 @@ class _Training:
         window: int | None,
     ) -> dict[str, Any]:
         """Run the training workers to the end; what ``loop.train_loop`` gives."""
-        from ray.train.torch import TorchTrainer
-
         from mmray.engine import loop
 
-        place = self.plan.place
-        rundir.drop_torn_snapshot(place)
         job = loop.Job(
             cfg=self.cfg,
             spec=spec,
@@ -321,54 +314,15 @@ class _Training:
             feeder=feeder,
             window=window,
             weights=ray.put(start),
-            run=place,
+            run=self.plan.place,
             board=board.actor,
             threads=workers.cpus,
             say_seconds=SAY_SECONDS,
             save_seconds=SAVE_SECONDS,
             tracked=self.tracked,
         )
-        gpu, fixed = {"GPU": 1} if workers.gpu else {}, workers.least == workers.count
-        api: Any = ray.train  # its annotations are those of the API before V2
-        trainer: Any = TorchTrainer(
-            cast(Any, loop.train_loop),
-            train_loop_config={"job": ray.put(job)},
-            scaling_config=api.ScalingConfig(
-                num_workers=workers.count if fixed else (workers.least, workers.count),
-                elastic_resize_monitor_interval_s=RESIZE_SECONDS,
-                use_gpu=workers.gpu,
-                resources_per_worker={"CPU": workers.cpus, **gpu},
-            ),
-            run_config=api.RunConfig(
-                name=rundir.CHECKPOINTS,
-                storage_path=place,
-                checkpoint_config=api.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
-                # Machines that are taken away count apart, and as often as it happens.
-                failure_config=api.FailureConfig(
-                    max_failures=WORKER_FAILURES, max_preemption_failures=-1
-                ),
-                logging_config=api.LoggingConfig(log_level="ERROR"),
-            ),
-        )
         self.say(f"training with {workers}")
-        try:
-            result = board.attend(
-                trainer.fit, on_stop="stopping after this step, with a checkpoint (again: at once)"
-            )
-        except ray.train.WorkerGroupError as error:
-            raise _cause(error) from error
-        done: dict[str, Any] = result.return_value
-        if done["outcome"] == loop.STOPPED:
-            raise KeyboardInterrupt
-        if done["outcome"] == loop.FAILED:
-            best = done["best"] and done["best"]["epoch"]
-            where = rundir.give_up(place, best)  # going on would only fail again
-            raise RunError(
-                f"the loss is not finite in epoch {done['epoch'] + 1}, step {done['step'] + 1}; "
-                f"a lower train.lr (now {self.cfg.train.lr:g}) or train.grad_clip may help"
-                + (f"; its best weights are kept: {where}" if where else "")
-            )
-        return done
+        return fit(job, workers, board)
 
 
 def never_missing(cfg: TrainConfig, chunks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -381,19 +335,3 @@ def never_missing(cfg: TrainConfig, chunks: Sequence[Mapping[str, Any]]) -> list
         for what, name in (("picture", "no_image"), ("caption", "no_text"))
         if not sum(chunk[name] for chunk in chunks)
     ]
-
-
-def _cause(error: ray.train.WorkerGroupError) -> Exception:
-    """The failure behind a worker group's: ours, a lost worker, or a bug (as it is)."""
-    failures = list(error.worker_failures.values())
-    for failure in failures:
-        if isinstance(failure, MmrayError):
-            return failure
-    for failure in failures:
-        if isinstance(failure, ray.exceptions.RayError):
-            what = " ".join(str(failure).split())
-            return RunError(
-                f"a training worker was lost more than {WORKER_FAILURES} times ({what[:300]}); "
-                "the same command goes on from the last checkpoint"
-            )
-    return error

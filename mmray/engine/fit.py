@@ -1,0 +1,90 @@
+"""Ray Train around ``loop``: the workers' group, what it does when one is lost, how it ends."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import ray
+import ray.train
+
+from mmray.engine import rundir
+from mmray.engine.board import Board
+from mmray.engine.workers import Workers
+from mmray.errors import MmrayError, RunError
+from mmray.memory import ONE_HEAP
+
+if TYPE_CHECKING:
+    from mmray.engine.loop import Job
+
+KEEP_CHECKPOINTS = 2
+RESIZE_SECONDS = 60.0  # between looks for more or fewer machines, where their number may change
+WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
+
+
+def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
+    """Run the training workers to the end; what ``loop.train_loop`` gives.
+
+    Raises RunError when training fails, KeyboardInterrupt when it was stopped.
+    """
+    from ray.train.torch import TorchTrainer
+
+    from mmray.engine import loop
+
+    rundir.drop_torn_snapshot(job.run)
+    gpu, fixed = {"GPU": 1} if workers.gpu else {}, workers.least == workers.count
+    api: Any = ray.train  # its annotations are those of the API before V2
+    trainer: Any = TorchTrainer(
+        cast(Any, loop.train_loop),
+        train_loop_config={"job": ray.put(job)},
+        scaling_config=api.ScalingConfig(
+            num_workers=workers.count if fixed else (workers.least, workers.count),
+            elastic_resize_monitor_interval_s=RESIZE_SECONDS,
+            use_gpu=workers.gpu,
+            resources_per_worker={"CPU": workers.cpus, **gpu},
+        ),
+        run_config=api.RunConfig(
+            name=rundir.CHECKPOINTS,
+            storage_path=job.run,
+            checkpoint_config=api.CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
+            # Machines that are taken away count apart, and as often as it happens.
+            failure_config=api.FailureConfig(
+                max_failures=WORKER_FAILURES, max_preemption_failures=-1
+            ),
+            logging_config=api.LoggingConfig(log_level="ERROR"),
+            worker_runtime_env={"env_vars": ONE_HEAP},  # Ray Train runs the loop in a thread
+        ),
+    )
+    try:
+        result = board.attend(
+            trainer.fit, on_stop="stopping after this step, with a checkpoint (again: at once)"
+        )
+    except ray.train.WorkerGroupError as error:
+        raise _cause(error) from error
+    done: dict[str, Any] = result.return_value
+    if done["outcome"] == loop.STOPPED:
+        raise KeyboardInterrupt
+    if done["outcome"] == loop.FAILED:
+        best = done["best"] and done["best"]["epoch"]
+        where = rundir.give_up(job.run, best)  # going on would only fail again
+        raise RunError(
+            f"the loss is not finite in epoch {done['epoch'] + 1}, step {done['step'] + 1}; "
+            f"a lower train.lr (now {job.cfg.train.lr:g}) or train.grad_clip may help"
+            + (f"; its best weights are kept: {where}" if where else "")
+        )
+    return done
+
+
+def _cause(error: ray.train.WorkerGroupError) -> Exception:
+    """The failure behind a worker group's: ours, a lost worker, or a bug (as it is)."""
+    failures = list(error.worker_failures.values())
+    for failure in failures:
+        if isinstance(failure, MmrayError):
+            return failure
+    for failure in failures:
+        if isinstance(failure, ray.exceptions.RayError):
+            what = " ".join(str(failure).split())
+            return RunError(
+                f"a training worker was lost more than {WORKER_FAILURES} times ({what[:300]}); "
+                "the same command goes on from the last checkpoint"
+            )
+    return error
