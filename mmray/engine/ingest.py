@@ -30,7 +30,7 @@ from mmray.config import Columns
 from mmray.engine import pace, readahead
 from mmray.engine.pieces import Piece, Plan, Strip
 from mmray.errors import Conflict, StorageError
-from mmray.memory import keep_freed_memory
+from mmray.memory import keep_freed_memory, settle
 
 CHUNK_ROWS = 256
 CHUNK_BYTES = 64 << 20  # a chunk of large images is closed early
@@ -179,6 +179,7 @@ class _Pieces(Datasource):
 
 def _read_strip(root: str, strip: Strip, options: ReadOptions) -> Iterator[pa.Table]:
     keep_freed_memory()
+    settle()
     pace.share()
     for piece in strip:
         try:

@@ -8,7 +8,6 @@ pixels made for another bundle are never scored, the pair itself is sent then.
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from mmray.archive.rows import Sample
 from mmray.bundle import Bundle, load, read_manifest
 from mmray.engine.decoders import Decoders
 from mmray.errors import BadRow, BundleError, MmrayError, RunError
+from mmray.memory import settle
 from mmray.preprocess import Prepared
 from mmray.serving import app, card
 from mmray.serving.answers import Busy, Outcome, Result, outcomes
@@ -52,13 +52,6 @@ def loaded(uri: str, fingerprint: str) -> Bundle:
     return found
 
 
-def _settle() -> None:
-    """What a replica holds when it begins, it holds to its end: no collection of garbage need walk
-    through all of torch again."""
-    gc.collect()
-    gc.freeze()
-
-
 class Scorer:
     """Holds one Predictor; batches what comes in; does not start when golden pairs score wrong."""
 
@@ -79,7 +72,7 @@ class Scorer:
         # Not serve.batch, which cuts its batches before one of them can start.
         self._lane = Lane(self._scored, score.batch_rows, score.concurrent_batches)
         self._meters = ModelMeters()
-        _settle()
+        settle()
 
     async def score(self, fingerprint: str, prepared: Sequence[Prepared]) -> list[Outcome] | None:
         """What the model makes of rows prepared for the bundle ``fingerprint``, at most
@@ -212,7 +205,7 @@ class Ingress:
         requests = logging.getLogger(serving_room.__name__)
         requests.parent = logging.getLogger("ray.serve")
         requests.setLevel(logging.INFO)
-        _settle()
+        settle()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         made = app.build(self, self._cfg, self._token, self._meters.answered)
