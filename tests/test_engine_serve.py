@@ -404,8 +404,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def on_its_own() -> dict[str, str]:
     """The environment of a server that has nothing of the one in this process."""
-    theirs = {f"RAY_SERVE_HAPROXY_{name}_PORT" for name in ("METRICS", "STATS")}
-    ours = {name: value for name, value in os.environ.items() if name not in theirs}
+    theirs = re.compile("RAY_SERVE_.*_PORT")
+    ours = {name: value for name, value in os.environ.items() if not theirs.fullmatch(name)}
     return ours | {"RAY_ADDRESS": "local"}
 
 
@@ -430,9 +430,10 @@ def expect_figures(port: int, expected: Counter[tuple[str, ...]]) -> None:
 
 @pytest.fixture
 def usual_ports_taken() -> Iterator[None]:
-    """Another server of this machine has the ports that HAProxy's counters have by default."""
+    """Another server of this machine has the ports that Serve takes by default: HAProxy's counters,
+    and the proxy that is asked where no replica is up, which two would share."""
     with contextlib.ExitStack() as stack:
-        for port in (9101, 8404):
+        for port in (9101, 8404, 8500):
             with contextlib.suppress(OSError):  # then there is one
                 stack.enter_context(socket.create_server(("", port)))
         yield

@@ -13,6 +13,7 @@ import contextlib
 import json
 import logging
 import os
+import random
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,13 +156,22 @@ def prepare_to_serve(*, counted: bool = False) -> None:
     """Set what ``ray.serve`` reads when it is imported, here and in the Ray that is started here;
     a cluster that is joined has its own environment. ``counted``: there is a metrics port."""
     if not ray.is_initialized() and _find_cluster() is None:
-        with socket.socket() as one, socket.socket() as other:
-            ports = {}  # HAProxy's counters have fixed ones, which two servers cannot share
-            for name, free in (("METRICS", one), ("STATS", other)):
-                free.bind(("", 0))
-                ports[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(free.getsockname()[1])
+        ports = _ports_of_its_own()
         for name, value in (SERVING | ports | ({} if counted else UNCOUNTED)).items():
             os.environ.setdefault(name, value)
+
+
+def _ports_of_its_own() -> dict[str, str]:
+    """Those that Serve has beside the one asked for, else the same for all servers of a machine:
+    HAProxy's counters, the proxy HAProxy asks where no replica is up (two servers would listen
+    there together, each to requests of the other) and the first of the replicas' own (one that is
+    killed leaves its port to whoever comes next, and HAProxy hears of it later)."""
+    names = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP")
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.create_server(("", 0))) for _ in names]
+        free = {name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
+    free["DIRECT_INGRESS_MIN_HTTP"] = random.randrange(20_000, 30_000)  # below what clients get
+    return {f"RAY_SERVE_{name}_PORT": str(port) for name, port in free.items()}
 
 
 def disconnect() -> None:
