@@ -46,7 +46,8 @@ def config(model: str, archive: Path, out: Path, args: argparse.Namespace) -> di
     }
     if model == "classic":
         tree = yaml.safe_load(CLASSIC.read_text(encoding="utf-8"))
-    tree["data"] = {"archive": str(archive)}
+    # These pictures look alike: left out as near-duplicates, each arm would train on other rows.
+    tree["data"] = {"archive": str(archive), "duplicates": "report"}
     tree["out"] = str(out)
     tree["train"] |= {
         "epochs": args.epochs,
