@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ from torch import nn
 from mmray.config import ImageModel, Model, TextModel
 from mmray.memory import keep_freed_memory
 from mmray.model import build_model, make_spec
-from mmray.model.speed import fold_batch_norms, for_inference
+from mmray.model.speed import DepthwiseConv2d, fold_batch_norms, for_inference, for_training
 
 
 def batch_norms(net: nn.Module) -> int:
@@ -57,6 +59,42 @@ def test_weights_rounded_beforehand_give_what_autocast_gives_to_the_bit(encoder:
     assert any(p.dtype == torch.bfloat16 for p in model.parameters())
     for before, after in zip(*scores, strict=True):
         assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("encoder", ["mobilenet_v3_small", "convnext_tiny"])
+def test_depthwise_convolutions_train_as_in_float32_and_score_as_before(encoder: str) -> None:
+    cfg = Model(
+        modalities="image", image=ImageModel(encoder=encoder), text=TextModel(encoder="bag")
+    )
+    spec = make_spec(cfg, num_classes=3, vocab_size=10, pad_id=0, max_tokens=8, image_size=64)
+    torch.manual_seed(0)
+    plain = build_model(spec)
+    faster = for_training(copy.deepcopy(plain))
+    assert faster.state_dict().keys() == plain.state_dict().keys()
+    found = [module for module in faster.modules() if isinstance(module, DepthwiseConv2d)]
+    assert found
+    pixels = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+
+    def run(model: nn.Module, *, bf16: bool) -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(1)  # of dropout and stochastic depth
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(pixels, None, None)[0]
+        logits.float().logsumexp(1).sum().backward()
+        return logits, *(p.grad.clone() for p in model.parameters() if p.grad is not None)
+
+    in_float32 = run(plain, bf16=False)
+    for expected, got in zip(in_float32, run(faster, bf16=False), strict=True):
+        assert torch.equal(expected, got)
+    kinds: list[torch.dtype] = []
+    found[0].register_forward_hook(lambda _, x, y: kinds.extend((x[0].dtype, y.dtype)))
+    flat = [torch.cat([t.flatten() for t in ts]) for ts in (in_float32, run(faster, bf16=True))]
+    assert nn.functional.cosine_similarity(*flat, dim=0) > 0.95
+    assert kinds[0] == kinds[1]  # of what comes after it
+    faster.load_state_dict(plain.state_dict())
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before, after = (model.eval()(pixels, None, None)[0] for model in (plain, faster))
+    assert torch.equal(before, after)
 
 
 def test_a_convolution_that_others_read_too_keeps_its_batch_norm() -> None:

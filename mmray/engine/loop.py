@@ -43,6 +43,7 @@ from mmray.engine.windows import Ints
 from mmray.learn import Batch
 from mmray.memory import keep_freed_memory
 from mmray.model import FusionModel, ModelSpec, build_model
+from mmray.model.speed import for_training
 from mmray.objective import make_objective
 from mmray.report.journal import Journal
 
@@ -141,7 +142,7 @@ class _Worker:
     def _model(self) -> FusionModel:
         model = build_model(self.job.spec)
         model.load_state_dict(safetensors.torch.load(ray.get(self.job.weights)))
-        return model.to(self.device)
+        return for_training(model.to(self.device))
 
     def _features(self) -> tuple[FeatureRows, FeatureRows]:
         def say(done: int, total: int) -> None:
