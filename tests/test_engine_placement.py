@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
+import ray.data
 
 from mmray.engine.cluster import Resources
-from mmray.engine.placement import Placement, place
+from mmray.engine.placement import Placement, Pool, place
 from mmray.errors import ConfigError
 
 
@@ -49,3 +53,15 @@ def test_more_than_there_is_is_refused() -> None:
         place(cluster(2), actors=2, decoders=2)
     with pytest.raises(ConfigError, match="--actors: got 3, 2 share a GPU; the cluster has 1"):
         place(cluster(16, 1), actors=3)
+
+
+def test_an_actor_works_in_its_main_thread(ray_cluster: None) -> None:
+    """In another, whose heap of glibc's is small, a large network scores 7 % fewer rows."""
+
+    class Thread:
+        def __call__(self, _: dict[str, Any]) -> dict[str, Any]:
+            return {"main": [threading.current_thread() is threading.main_thread()]}
+
+    strategy = Pool(1, 1).strategy(pieces=1)
+    found = ray.data.range(1).map_batches(Thread, batch_size=1, compute=strategy, num_cpus=0.9)
+    assert found.take_all() == [{"main": True}]

@@ -304,14 +304,18 @@ def test_a_worker_killed_while_training_from_s3_to_s3_costs_a_checkpoint_at_most
     for path in sorted(archive.iterdir()):
         storage.write_file(storage.join(bucket, "archive", path.name), path)
     lines: list[str] = []
+    heaps: list[bool] = []
 
     def kill(line: str) -> None:
         if line.startswith("epoch 3/4") and not any(seen.startswith("epoch 3/4") for seen in lines):
-            os.kill(training_worker(), signal.SIGKILL)
+            worker = training_worker()
+            heaps.append(b"MALLOC_ARENA_MAX=1" in Path(f"/proc/{worker}/environ").read_bytes())
+            os.kill(worker, signal.SIGKILL)
         lines.append(line)
 
     cfg = steady(f"{bucket}/archive", f"{bucket}/bundle", backbone)
     done = train(cfg, progress=kill)
+    assert heaps == [True], "a heap for each thread costs a training worker one row in twenty"
     (again,) = (line for line in lines if line.startswith("going on from a checkpoint: epoch "))
     assert again[len("going on from a checkpoint: epoch ")] in "234", again
     np.testing.assert_allclose(losses(done), losses(undisturbed), rtol=1e-3)
