@@ -10,9 +10,8 @@ from mmray.model.fusion_model import FusionModel
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution that trains in float32 whatever autocast says. On a CPU gradients in
-    bfloat16 take two to ten times as long where it has a stride or more than 3 x 3 weights, all
-    others and the forward pass less."""
+    """A depthwise convolution that trains in float32 whatever autocast says: on a CPU its gradients
+    take two to ten times as long in bfloat16 where it has a stride or more than 3 x 3 weights."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
