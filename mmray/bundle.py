@@ -4,6 +4,8 @@
                         the bundle is complete
     model.safetensors   weights
     tokenizer.json      where the model reads text
+    int8.json           where it may compute in 8 bits (`mmray quantize`): what goes into the
+                        picture encoder's convolutions, name -> least and greatest value
     golden.parquet      pairs with the scores they must give
 
 Nothing in it is pickled and loading runs no code from it. ``read_manifest`` needs bundle.json only
@@ -24,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, field_validator
+from pydantic import Field, TypeAdapter, ValidationError, field_validator
 
 from mmray import __version__, config, storage
 from mmray import golden as golden_pairs
-from mmray.config import Data, Frozen, Preprocess, Task, Train
+from mmray.config import Data, Frozen, Preprocess, Range, Task, Train
 from mmray.errors import BundleError, ConfigError, NotFound
 from mmray.preprocess import PREPROCESS_VERSION, Preprocessor
 from mmray.preprocess.text import TextTokenizer
@@ -43,6 +45,7 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.json"
+RANGES = "int8.json"
 GOLDEN = "golden.parquet"
 
 _VERSIONED = (
@@ -100,8 +103,10 @@ class Manifest(Frozen):
     @field_validator("files")
     @classmethod
     def _check_files(cls, files: dict[str, str]) -> dict[str, str]:
-        if not {WEIGHTS, GOLDEN} <= files.keys() <= {WEIGHTS, GOLDEN, TOKENIZER}:
-            raise ValueError(f"must be {WEIGHTS}, {GOLDEN} and, for text, {TOKENIZER}")
+        if not {WEIGHTS, GOLDEN} <= files.keys() <= {WEIGHTS, GOLDEN, TOKENIZER, RANGES}:
+            raise ValueError(
+                f"must be {WEIGHTS}, {GOLDEN} and, for text, {TOKENIZER}, for 8 bits {RANGES}"
+            )
         return files
 
 
@@ -118,13 +123,21 @@ class Bundle:
     training: Training
     task: Task = "classify"
     golden: pa.Table | None = None  # golden.schema(labels); None until it is saved
+    ranges: Mapping[str, Range] | None = None  # of model.int8; None: it computes in floats alone
+
+    def _files(self) -> dict[str, bytes]:
+        """What scores depend on, as it is saved."""
+        files = {WEIGHTS: self.weights}
+        if self.tokenizer is not None:
+            files[TOKENIZER] = self.tokenizer.encode()
+        if self.ranges is not None:
+            files[RANGES] = json.dumps(self.ranges, indent=1, sort_keys=True).encode()
+        return files
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over task, labels, model, preprocessing, tokenizer and weights."""
-        files = {WEIGHTS: _digest(WEIGHTS, self.weights)}
-        if self.tokenizer is not None:
-            files[TOKENIZER] = _digest(TOKENIZER, self.tokenizer.encode())
+        """sha256 (hex) over task, labels, model, preprocessing, tokenizer, weights and ranges."""
+        files = {name: _digest(name, data) for name, data in self._files().items()}
         task = _task_content(self.task, self.training.data)
         spec = self.spec.model_dump(mode="json")
         return _fingerprint(task, self.labels, spec, self.preprocess, PREPROCESS_VERSION, files)
@@ -158,9 +171,7 @@ class Bundle:
         assert golden.schema.equals(golden_pairs.schema(self.labels)) and golden.num_rows
         sink = io.BytesIO()
         pq.write_table(golden, sink, compression="zstd")
-        files = {WEIGHTS: self.weights, GOLDEN: sink.getvalue()}
-        if self.tokenizer is not None:
-            files[TOKENIZER] = self.tokenizer.encode()
+        files = self._files() | {GOLDEN: sink.getvalue()}
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             fingerprint=self.fingerprint,
@@ -176,7 +187,7 @@ class Bundle:
             versions=_versions(),
         )
         text = json.dumps(manifest.model_dump(mode="json"), ensure_ascii=False, indent=2)
-        for name in (MANIFEST, TOKENIZER):  # the latter of an older bundle that read text
+        for name in (MANIFEST, TOKENIZER, RANGES):  # those of an older bundle that had them
             storage.delete(storage.join(uri, name))
         for name, data in files.items():
             storage.write_bytes(storage.join(uri, name), data)
@@ -286,7 +297,15 @@ def load(uri: str) -> Bundle:
         training=manifest.training,
         task=manifest.task,
         golden=golden,
+        ranges=_ranges(files[RANGES], storage.join(uri, RANGES)) if RANGES in files else None,
     )
+
+
+def _ranges(data: bytes, where: str) -> dict[str, Range]:
+    try:
+        return TypeAdapter(dict[str, Range]).validate_json(data)
+    except ValidationError as error:
+        raise BundleError(f"{where}: not the ranges of convolutions: {error}") from None
 
 
 def _read(uri: str, name: str, digest: str) -> bytes:

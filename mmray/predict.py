@@ -24,6 +24,7 @@ from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
 from mmray.labels import joined
 from mmray.learn import autocast, collate, resolve_precision
 from mmray.memory import keep_freed_memory
+from mmray.model import int8
 from mmray.model.speed import for_inference
 from mmray.objective import probabilities
 from mmray.preprocess import Prepared, fault
@@ -69,9 +70,9 @@ class Predictor:
         threads: int | None = None,
     ) -> None:
         """``device``: auto, cpu, cuda or cuda:N. ``precision``: None is what it was trained in, as
-        ``train.precision`` had it. ``batch_size``: rows a forward pass; None: what
-        suits the device, and its memory. ``threads``: of torch, in the whole process; None: as
-        they are.
+        ``train.precision`` had it, with convolutions in 8 bits where the bundle was quantized and
+        the CPU multiplies such. ``batch_size``: rows a forward pass; None: what suits the device,
+        and its memory. ``threads``: of torch, in the whole process; None: as they are.
 
         Raises ConfigError for a device that is not there, BundleError for weights that do not fit.
         """
@@ -82,7 +83,9 @@ class Predictor:
             precision or bundle.training.train.precision, self.device
         )
         bf16 = self.precision == "bf16"
-        if batch_size is None and self.device.type == "cuda":
+        on_cpu = self.device.type == "cpu"
+        self.int8 = bool(precision is None and bundle.ranges and on_cpu and int8.supported())
+        if batch_size is None and not on_cpu:
             batch_size = GPU_BATCH
         self.batch_size = batch_size or (CPU_BATCH_BF16 if bf16 else CPU_BATCH)
         self.labels = bundle.labels
@@ -92,13 +95,19 @@ class Predictor:
         self.embedding_dim = bundle.spec.config.hidden
         self.golden = bundle.golden
         self.preprocessor = bundle.build_preprocessor()
-        self._model = for_inference(bundle.build_model(), bf16=bf16).to(self.device)
+        ranges = bundle.ranges if self.int8 else None
+        self._model = for_inference(bundle.build_model(), bf16=bf16, ranges=ranges).to(self.device)
         self._model.to(memory_format=torch.channels_last)
-        if self.device.type == "cpu":
+        if on_cpu:
             keep_freed_memory()
         self._blank = _blank(bundle)
-        if self.device.type == "cuda":
+        if not on_cpu:
             self._batch([self._blank] * self.batch_size)  # finds what fits, before the first row
+
+    @property
+    def computes_in(self) -> str:
+        """For people: its precision."""
+        return f"{self.precision} with int8" if self.int8 else self.precision
 
     # --- one step at a time ------------------------------------------------------------------
 
@@ -153,7 +162,7 @@ class Predictor:
             return golden.compare(self.golden, scores, self.labels)
         except BundleError as error:
             raise BundleError(
-                f"on {self.device} in {self.precision} this bundle gives other scores than its "
+                f"on {self.device} in {self.computes_in} this bundle gives other scores than its "
                 f"own: {error}; compare library versions with those in bundle.json"
             ) from None
 

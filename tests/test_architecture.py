@@ -21,7 +21,6 @@ JOBS = sorted((ROOT / "jobs").glob("*.py"))
 ROOMS = (
     "__main__",
     "cli",
-    "options",
     "demo",
     "engine",
     "serving",
@@ -34,6 +33,7 @@ ROOMS = (
     "ledger",
     "scoring_run",
     "targets",
+    "quantize",
     "predict",
     "pairs",
     "splits",

@@ -18,6 +18,7 @@ VERBS = (
     "inspect",
     "train",
     "evaluate",
+    "quantize",
     "score",
     "verify",
     "rejects",

@@ -100,10 +100,15 @@ def write_archive(root: Path, shards: Sequence[int]) -> Path:
 
 
 def bundle(
-    uri: str, seed: int = 0, size: int = 32, max_pixels: int = 100_000_000, **model: Any
+    uri: str,
+    seed: int = 0,
+    size: int = 32,
+    max_pixels: int = 100_000_000,
+    sharp: float = 1.0,
+    **model: Any,
 ) -> str:
     """An untrained two-class image + text bundle of pictures of ``size`` pixels; differs by
-    ``seed`` and the further keys of ``model``."""
+    ``seed`` and the further keys of ``model``; the larger ``sharp``, the more scores differ."""
     import torch
 
     from mmray import bundle as bundles
@@ -135,11 +140,14 @@ def bundle(
         image_size=size,
     )
     torch.manual_seed(seed)
+    built = build_model(spec)
+    with torch.no_grad():
+        built.head[-1].weight.mul_(sharp)
     made = bundles.make(
         labels=LABELS,
         spec=spec,
         preprocess=preprocess,
-        state_dict=build_model(spec).state_dict(),
+        state_dict=built.state_dict(),
         tokenizer=tokenizer,
         metrics={},
         training=bundles.Training(

@@ -1,11 +1,15 @@
-"""What makes a model faster and leaves what it computes as it is, but for float rounding."""
+"""What makes a model faster and leaves what it computes as it is, but for rounding."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from mmray.config import Range
+from mmray.model import int8
 from mmray.model.fusion_model import FusionModel
 
 
@@ -29,14 +33,19 @@ def for_training(model: FusionModel) -> FusionModel:
     return model
 
 
-def for_inference(model: FusionModel, *, bf16: bool = False) -> FusionModel:
+def for_inference(
+    model: FusionModel, *, bf16: bool = False, ranges: Mapping[str, Range] | None = None
+) -> FusionModel:
     """``model`` in evaluation mode, its picture encoder's batch norms folded away, in place.
 
-    ``bf16``: it will run under bfloat16 autocast.
+    ``bf16``: it will run under bfloat16 autocast. ``ranges``: the encoder's convolutions of these
+    names compute in 8 bits, see ``int8``.
     """
     model.eval().requires_grad_(False)
     if model.image is not None:
         fold_batch_norms(model.image.net)
+        if ranges:
+            int8.quantize(model.image.net, ranges, torch.bfloat16 if bf16 else torch.float32)
     if bf16:
         round_weights(model)
     return model

@@ -1,8 +1,9 @@
-"""Options that several verbs share."""
+"""What several verbs take, and how they print."""
 
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -130,3 +131,7 @@ def share(text: str | None) -> float | None:
     if not 0 <= share <= 1:
         raise ConfigError(f"--max-errors: got {text!r}; a share such as 0.001 or 0.1%")
     return share
+
+
+def print_json(result: Any) -> None:
+    click.echo(json.dumps(result, indent=2, ensure_ascii=False))
