@@ -19,6 +19,7 @@ from mmray.config import Data, ImageModel, Model, Preprocess, TextModel, Train
 from mmray.model import build_model, make_spec
 from mmray.predict import golden_table
 from mmray.preprocess import train_tokenizer
+from mmray.quantize import quantize
 
 WORDS = [
     "a",
@@ -57,6 +58,7 @@ WORDS = [
     "and",
 ]
 LABELS = ("negative", "neutral", "positive")
+INT8 = "-int8"
 DISTINCT = 64  # different pictures; each archive repeats them
 
 
@@ -143,8 +145,14 @@ def write_parquet(root: Path, shards: list[int], images: list[bytes]) -> Path:
 
 
 def write_bundle(root: Path, encoder: str, seed: int = 0) -> Path:
-    """An untrained bundle of a torchvision encoder at 224 px and a small text transformer."""
+    """An untrained bundle of a torchvision encoder at 224 px and a small text transformer; in 8
+    bits where the encoder's name ends in ``-int8``."""
     if (root / "bundle.json").exists():
+        return root
+    if encoder.endswith(INT8):
+        floats = write_bundle(root / "floats", encoder.removesuffix(INT8), seed)
+        pairs = write_tars(root / "pairs", [DISTINCT], pictures(512))
+        quantize(str(floats), str(pairs), str(root))
         return root
     preprocess = Preprocess()
     tokenizer = train_tokenizer((caption(i) for i in range(2000)), preprocess.text)

@@ -2,15 +2,18 @@
 
     python benchmarks/score_throughput.py [--rows 4096] [--rounds 2] [--json]
 
-Two kinds of archive (JPEGs of 512 px and of 1500 px), two models (MobileNetV3-small and ResNet-18,
-each with a small text transformer), seven ways, in turns within one run, so that whatever else the
-machine does falls on all of them; ratios are taken within a round, and their median counts. Rates
-are in steady state: a quarter of the rows comes before, the last twentieth after. The slower tools
-are given a quarter of the archive. ``--json`` gives the worst ratio over the four cases.
+Two kinds of archive (JPEGs of 512 px and of 1500 px), two models (MobileNetV3-small and a ResNet-18
+that was quantized, each with a small text transformer), seven ways, in turns within one run, so
+that whatever else the machine does falls on all of them; ratios are taken within a round, and their
+median counts. Rates are in steady state: a quarter of the rows comes before, the last twentieth
+after. The slower tools are given a quarter of the archive. ``--json`` gives the worst ratio over
+the four cases.
 ``--workers 1`` leaves the other cores to what surrounds the scoring.
 
 ``plain``: bare processes, one a core, with scaled JPEG decode and the model as plain torch runs it.
 ``limit``: the same with mmray's Predictor; what it costs to score without a framework. ``mmray``.
+These and ``mmray_embeddings`` compute a quantized model in 8 bits, the others in their best floats;
+``--encoders resnet18`` is the same model before that.
 ``ray_docs``: the pattern of Ray's documentation. ``dataloader``: webdataset and DataLoader.
 ``daft``, on the same pairs in Parquet, where it is installed (`pip install --no-deps daft`, as
 it asks for an older pyarrow).
@@ -33,9 +36,9 @@ from _corpus import pictures, write_bundle, write_parquet, write_tars
 
 ARMS = ("plain", "limit", "mmray", "mmray_embeddings", "ray_docs", "dataloader", "daft")
 SIDES = (512, 1500)  # px
-ENCODERS = ("mobilenet_v3_small", "resnet18")
+ENCODERS = ("mobilenet_v3_small", "resnet18-int8")
 #: Of --rows: what large pictures and a large model leave of them, for runs of about a minute.
-SHARE = {512: 1.0, 1500: 0.5, "mobilenet_v3_small": 1.0, "resnet18": 0.25}
+SHARE = {512: 1.0, 1500: 0.5, "mobilenet_v3_small": 1.0, "resnet18": 0.25, "resnet18-int8": 0.25}
 SLOW = ("ray_docs", "dataloader", "daft")
 SHARD_ROWS = 1000  # as `mmray pack` makes them
 

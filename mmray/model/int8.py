@@ -20,7 +20,6 @@ from mmray.config import Range
 #: Multiplications that every value going in takes part in, from which on more time is won than
 #: rounding the values takes; 3 x 3 to 64 channels are 576, 1 x 1 to 64 channels 64.
 WORTH = 256
-LEAST_CHANNELS = 16  # the first layer's few and signed ones lose most
 LEVELS = 255
 FLOAT_INTEGERS = 2.0**23  # float32 from here on have no fraction: adding it rounds
 
@@ -38,7 +37,6 @@ def worthwhile(net: nn.Module) -> dict[str, nn.Conv2d]:
         for name, module in net.named_modules()
         if type(module) is nn.Conv2d
         and module.groups == 1
-        and module.in_channels >= LEAST_CHANNELS
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and module.weight[:, 0].numel() / (module.stride[0] * module.stride[1]) >= WORTH
