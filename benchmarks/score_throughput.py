@@ -34,11 +34,13 @@ from typing import Any
 
 from _corpus import pictures, write_bundle, write_parquet, write_tars
 
+from mmray.model import int8
+
 ARMS = ("plain", "limit", "mmray", "mmray_embeddings", "ray_docs", "dataloader", "daft")
 SIDES = (512, 1500)  # px
-ENCODERS = ("mobilenet_v3_small", "resnet18-int8")
+ENCODERS = ("mobilenet_v3_small", "resnet18-int8" if int8.supported() else "resnet18")
 #: Of --rows: what large pictures and a large model leave of them, for runs of about a minute.
-SHARE = {512: 1.0, 1500: 0.5, "mobilenet_v3_small": 1.0, "resnet18": 0.25, "resnet18-int8": 0.25}
+SHARE = {512: 1.0, 1500: 0.5, "mobilenet_v3_small": 1.0, "resnet18": 0.25, "resnet18-int8": 0.4}
 SLOW = ("ray_docs", "dataloader", "daft")
 SHARD_ROWS = 1000  # as `mmray pack` makes them
 

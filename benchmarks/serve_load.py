@@ -1,11 +1,12 @@
 """A server under load: `mmray serve` beside the bare Predictor, plain FastAPI and LitServe.
 
     python benchmarks/serve_load.py [--encoders resnet18,mobilenet_v3_small] [--images small,large]
-        [--seconds 15] [--overload 60] [--changes 20] [--arms predictor,mmray,fastapi,litserve]
-        [--replicas N] [--json]
+        [--seconds 15] [--rounds 3] [--overload 60] [--changes 20]
+        [--arms predictor,mmray,fastapi,litserve] [--replicas N] [--json]
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
-server the same. At saturation 48 callers each wait for their answer. The other loads are open:
+server the same. At saturation 48 callers each wait for their answer; all arms take turns at that,
+``--rounds`` times, and ratios are the median over the rounds. The other loads are open:
 requests come when they come, at 25, 50, 75 and 90 % of that rate, then at three times of it for
 ``--overload`` seconds, with the server's memory looked at every second, then at a quarter again:
 ``recovery_s`` is when, after an overload, that quarter was first answered in full. Light load is
@@ -29,6 +30,7 @@ import json
 import os
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("--images", default=",".join(IMAGES), help="small, large")
     parser.add_argument("--arms", default=",".join(ARMS), help="which, by comma")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of every arm at saturation")
     parser.add_argument("--overload", type=float, default=60.0, help="seconds; 0: none")
     parser.add_argument("--changes", type=float, default=20.0, help="seconds of each; 0: none")
     parser.add_argument("--replicas", type=int, default=CORES, help="of mmray that score")
@@ -81,9 +84,16 @@ def main() -> None:
                 bundle = write_bundle(Path(folder, encoder), encoder)
                 other = write_bundle(Path(folder, f"{encoder}-other"), encoder, seed=1)
                 case = {"encoder": encoder, "images": kind, "kb": len(pairs[0][0]) // 1000}
+                rates: dict[str, list[float]] = {arm: [] for arm in arms}
+                for number in range(args.rounds):
+                    last = number == args.rounds - 1
+                    for arm in arms:
+                        case[arm] = run(arm, bundle, other, bodies, args, last)
+                        rates[arm].append(case[arm]["rate"])
+                        _say(f"{encoder}, {kind}: {arm} {rates[arm][-1]:.1f}/s")
                 for arm in arms:
-                    case[arm] = run(arm, bundle, other, bodies, args)
-                    _say(f"{encoder}, {kind}: {arm} {case[arm]['rate']:.1f}/s")
+                    case[arm]["rates"] = rates[arm]
+                    case[arm]["rate"] = statistics.median(rates[arm])
                 cases.append(case)
     result = summary(cases)
     print(json.dumps(result) if args.json else text(result))
@@ -104,8 +114,9 @@ def _say(line: str) -> None:
 
 
 def run(
-    arm: str, bundle: Path, other: Path, bodies: Path, args: argparse.Namespace
+    arm: str, bundle: Path, other: Path, bodies: Path, args: argparse.Namespace, last: bool
 ) -> dict[str, Any]:
+    """One turn of an arm; in the ``last`` mmray is looked at under all other loads, too."""
     if arm == "predictor":
         command = [sys.executable, HERE / "_servers.py", arm, bundle, bodies, str(args.seconds)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
@@ -116,7 +127,7 @@ def run(
         load({**asked, "in_flight": CALLERS, "seconds": WARM_S})
         full = load({**asked, "in_flight": CALLERS, "seconds": args.seconds})
         found = {"rate": full["goodput"], "ms": full["ms"], "statuses": full["statuses"]}
-        if arm == "mmray":
+        if arm == "mmray" and last:
             found |= under_loads(asked, full["goodput"], args, process)
             if args.changes:
                 found |= changes(asked, full["goodput"], args.changes, process, bundle, other)
@@ -209,8 +220,15 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         return round(pick(known), 3) if known else None
 
     def over(arm: str) -> list[float | None]:
-        return [c["mmray"]["rate"] / c[arm]["rate"] if arm in c and "mmray" in c else None
-                for c in cases]  # fmt: skip
+        return [
+            statistics.median(
+                ours / theirs
+                for ours, theirs in zip(c["mmray"]["rates"], c[arm]["rates"], strict=True)
+            )
+            if arm in c and "mmray" in c
+            else None
+            for c in cases
+        ]
 
     def added(case: dict[str, Any]) -> float | None:
         if "mmray" not in case or "predictor" not in case:
@@ -251,7 +269,9 @@ def text(result: dict[str, Any]) -> str:
     lines = []
     for case in result["cases"]:
         lines.append(f"\n{case['encoder']}, pictures of {case['kb']} KB")
-        lines += [f"  {arm:10}{case[arm]['rate']:8.1f} rows/s" for arm in ARMS if arm in case]
+        for arm in (arm for arm in ARMS if arm in case):
+            each = ", ".join(f"{rate:.1f}" for rate in case[arm]["rates"])
+            lines.append(f"  {arm:10}{case[arm]['rate']:8.1f} rows/s ({each})")
         if "predictor" in case:
             lines.append(f"  one pair alone in a Predictor: {case['predictor']['alone_ms']:.1f} ms")
         if "mmray" in case:

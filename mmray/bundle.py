@@ -123,20 +123,33 @@ class Bundle:
     training: Training
     task: Task = "classify"
     golden: pa.Table | None = None  # golden.schema(labels); None until it is saved
-    ranges: Mapping[str, Range] | None = None  # of model.int8; None: it computes in floats alone
+    int8: str | None = None  # int8.json, where it was quantized
 
     def _files(self) -> dict[str, bytes]:
         """What scores depend on, as it is saved."""
         files = {WEIGHTS: self.weights}
         if self.tokenizer is not None:
             files[TOKENIZER] = self.tokenizer.encode()
-        if self.ranges is not None:
-            files[RANGES] = json.dumps(self.ranges, indent=1, sort_keys=True).encode()
+        if self.int8 is not None:
+            files[RANGES] = self.int8.encode()
         return files
+
+    @property
+    def ranges(self) -> Mapping[str, Range] | None:
+        """What goes into convolutions that compute in 8 bits, by name; None: there are none. Raises
+        BundleError for a text that no mmray wrote."""
+        if self.int8 is None:
+            return None
+        try:
+            return TypeAdapter(dict[str, Range]).validate_json(self.int8)
+        except ValidationError as error:
+            what = error.errors()[0]
+            at = ".".join(map(str, what["loc"]))
+            raise BundleError(f"{RANGES}: {at}: {what['msg']}; quantize the model again") from None
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 (hex) over task, labels, model, preprocessing, tokenizer, weights and ranges."""
+        """sha256 (hex) over task, labels, model, preprocessing, tokenizer, weights, ranges."""
         files = {name: _digest(name, data) for name, data in self._files().items()}
         task = _task_content(self.task, self.training.data)
         spec = self.spec.model_dump(mode="json")
@@ -297,15 +310,8 @@ def load(uri: str) -> Bundle:
         training=manifest.training,
         task=manifest.task,
         golden=golden,
-        ranges=_ranges(files[RANGES], storage.join(uri, RANGES)) if RANGES in files else None,
+        int8=files[RANGES].decode() if RANGES in files else None,
     )
-
-
-def _ranges(data: bytes, where: str) -> dict[str, Range]:
-    try:
-        return TypeAdapter(dict[str, Range]).validate_json(data)
-    except ValidationError as error:
-        raise BundleError(f"{where}: not the ranges of convolutions: {error}") from None
 
 
 def _read(uri: str, name: str, digest: str) -> bytes:

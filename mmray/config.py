@@ -32,8 +32,8 @@ Lr = Annotated[float, Field(gt=0)]  # learning rate, at its highest
 # ``exclude_if``: a key that came after the first bundles. It is written only where it says
 # something, so that their fingerprints, and what is known of their runs, stay as they are.
 OwnLr = Annotated[Lr | None, Field(exclude_if=operator.not_)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Range = tuple[Finite, Finite]  # the least and the greatest value
+#: The least and the greatest value, 0 or other; float32 holds both.
+Range = tuple[Annotated[float, Field(ge=-1e30, le=0)], Annotated[float, Field(ge=0, le=1e30)]]
 Modalities = Literal["both", "image", "text"]
 Precision = Literal["auto", "bf16", "float32"]
 

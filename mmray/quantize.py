@@ -8,16 +8,17 @@ as the old one does.
 
 from __future__ import annotations
 
-import time
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from mmray import golden, storage
 from mmray.archive import rows, shards
 from mmray.archive.columns import GUESSED
 from mmray.archive.rows import Sample
@@ -28,15 +29,19 @@ from mmray.learn import collate
 from mmray.model import int8
 from mmray.model.speed import for_inference
 from mmray.predict import Predictor
-from mmray.preprocess import Prepared
+from mmray.preprocess import Prepared, fault
+from mmray.targets import Target, Targets
 
 SHARDS = 16  # that rows are taken from, all over the archive
 BATCH = 32
+SPARE = 2.0  # times the largest difference seen that scores may differ between machines
+
+Pairs = Sequence[tuple[Sample, Prepared]]
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """How a bundle scored the rows that were checked, beside float32."""
+    """How a bundle scored the rows that were compared, beside float32."""
 
     computes_in: str
     labels_changed: int
@@ -51,7 +56,8 @@ class Report:
     out: str
     fingerprint: str
     convolutions: int
-    rows: int  # checked
+    rows: int  # compared
+    set_aside: int  # of all that were read
     before: Arm
     after: Arm
 
@@ -59,19 +65,20 @@ class Report:
         return asdict(self)
 
     def __str__(self) -> str:
-        head = f"{'':20}{'labels changed':>16}{'mean':>9}{'most':>9}{'rows/s':>9}"
         lines = [
+            f"{self.out}: {self.convolutions} convolutions in 8 bits, {self.fingerprint[:12]}",
+            f"{self.rows:,} rows beside float32, differences of probabilities "
+            f"({self.set_aside:,} rows read and set aside):",
+            f"{'':20}{'labels changed':>16}{'mean':>9}{'most':>9}{'rows/s':>9}",
+        ]
+        lines += [
             f"{a.computes_in:20}{a.labels_changed:>16,}{a.mean_difference:>9.4f}"
             f"{a.most_difference:>9.4f}{a.rows_per_second:>9.1f}"
             for a in (self.before, self.after)
         ]
-        return "\n".join(
-            [
-                f"{self.out}: {self.convolutions} convolutions in 8 bits, {self.fingerprint[:12]}",
-                f"{self.rows:,} rows beside float32, differences of probabilities:",
-                *(head, *lines),
-            ]
-        )
+        if self.after.rows_per_second < self.before.rows_per_second:
+            lines.append(f"not faster on this CPU: {self.bundle} does as well")
+        return "\n".join(lines)
 
 
 def quantize(
@@ -86,30 +93,37 @@ def quantize(
     """Write to ``out`` the bundle at ``uri`` with the ranges that half of some ``pairs`` give;
     ``archive`` should be like what will be scored.
 
-    Raises ConfigError where nothing would be faster, BundleError where a golden pair is then off by
-    more than the bundle allows.
+    Raises ConfigError where nothing can be faster or nothing be measured, BundleError where a
+    golden pair is then off by more than the bundle allows.
     """
+    if storage.absolute(out) == storage.absolute(uri):
+        raise ConfigError(f"{out}: is the bundle itself; give another place for the new one")
     bundle = load(uri)
     _check(bundle, uri)
     progress(f"reading {pairs:,} pairs")
-    prepared = _prepared(bundle, _some(archive, pairs, columns))
-    if len(prepared) < 2:
-        raise ConfigError(f"{archive}: too few pairs that can be scored; 2 are needed")
-    seen, checked = prepared[::2], prepared[1::2]
+    samples = _some(bundle, archive, pairs, columns)
+    prepared = _prepared(bundle, samples, archive)
+    seen, compared = prepared[::2], prepared[1::2]
     progress(f"looking at {len(seen):,} of them")
     ranges = _ranges(bundle, [row for _, row in seen])
-    made = replace(bundle, ranges=ranges)
-    _check_golden(made, uri)
-    progress(f"scoring the other {len(checked):,}")
-    float32 = _scored(Predictor(bundle, "cpu", "float32"), checked)[0]
-    arms = [_arm(Predictor(each, "cpu"), checked, float32) for each in (bundle, made)]
+    if not ranges:
+        raise ConfigError(f"{archive}: none of {len(seen)} pairs has a picture to look at")
+    made = replace(bundle, int8=json.dumps(ranges, indent=1, sort_keys=True))
+    _check_golden(made, uri, archive)
+    progress(f"scoring the other {len(compared):,}")
+    float32 = _scored(Predictor(bundle, "cpu", "float32"), compared)[0]
+    before, after = (_arm(Predictor(b, "cpu"), compared, float32) for b in (bundle, made))
     assert made.golden is not None
-    saved = made.save(out, golden=made.golden)
-    return Report(uri, out, saved.fingerprint, len(ranges), len(checked), *arms)
+    widened = golden.allowing(made.golden, SPARE * after.most_difference)
+    found = {"of": bundle.fingerprint, "before": asdict(before), "after": asdict(after)}
+    saved = replace(made, metrics={**made.metrics, "quantized": found}).save(out, golden=widened)
+    aside = len(samples) - len(prepared)
+    return Report(uri, out, saved.fingerprint, len(ranges), len(compared), aside, before, after)
 
 
 def _check(bundle: Bundle, uri: str) -> None:
-    if bundle.ranges is not None:
+    """Raise unless there is something to gain, here, of a bundle that is sound as it is."""
+    if bundle.int8 is not None:
         raise ConfigError(f"{uri}: is quantized already; give the bundle it was made of")
     if not int8.supported():
         raise ConfigError(
@@ -119,24 +133,39 @@ def _check(bundle: Bundle, uri: str) -> None:
     model = bundle.build_model()
     if model.image is None or not int8.worthwhile(model.image.net):
         raise ConfigError(f"{uri}: its model has no convolution that would be faster in 8 bits")
+    Predictor(bundle, "cpu").check_golden()
 
 
-def _some(archive: str, count: int, columns: Columns) -> list[Sample]:
-    """About ``count`` samples, of shards all over the archive."""
-    found = list(shards.list_shards(archive))
-    some = found[:: max(1, len(found) // SHARDS)][:SHARDS]
+def _some(bundle: Bundle, archive: str, count: int, columns: Columns) -> list[Sample]:
+    """Up to ``count`` samples, the first ones of shards all over the archive."""
+    found = Targets.of(Target(shard) for shard in shards.list_shards(archive))
+    if not len(found):
+        raise ConfigError(f"{archive}: no shards there")
+    model = bundle.spec.config
+    needed = not model.missing
+    shards.check_columns(
+        archive, found[0].shard, columns, image=needed, caption=needed and model.uses_text
+    )
+    n = min(SHARDS, len(found))
     samples: list[Sample] = []
-    for i, shard in enumerate(some):
-        wanted = (count - len(samples)) // (len(some) - i)
+    for i in range(n):
+        shard, wanted = found[i * len(found) // n].shard, (count - len(samples)) // (n - i)
         read = shards.read_shard(archive, shard, columns=columns, stop=wanted)
-        samples += islice((item for item in read if isinstance(item, Sample)), wanted)
+        samples += [item for item in read if isinstance(item, Sample)]
     return samples
 
 
-def _prepared(bundle: Bundle, samples: Sequence[Sample]) -> list[tuple[Sample, Prepared]]:
-    kept, prepared = bundle.build_preprocessor().prepare_all(samples)
-    pairs = zip(kept, prepared, strict=True)
-    return [(sample, row) for sample, row in pairs if row is not None]
+def _prepared(bundle: Bundle, samples: Sequence[Sample], archive: str) -> Pairs:
+    """Those that can be scored. Raises ConfigError where there are not two."""
+    read, prepared = bundle.build_preprocessor().prepare_all(samples)
+    pairs = list(zip(read, prepared, strict=True))
+    sound = [(sample, row) for sample, row in pairs if row is not None]
+    if len(sound) < 2:
+        why = next((f", the first: {fault(sample)}" for sample, row in pairs if row is None), "")
+        raise ConfigError(
+            f"{archive}: {len(sound)} of {len(pairs)} pairs can be scored{why}; 2 are needed"
+        )
+    return sound
 
 
 def _ranges(bundle: Bundle, seen: Sequence[Prepared]) -> Mapping[str, Range]:
@@ -150,39 +179,41 @@ def _ranges(bundle: Bundle, seen: Sequence[Prepared]) -> Mapping[str, Range]:
     return ranges
 
 
-def _check_golden(made: Bundle, uri: str) -> None:
-    """The golden pairs as they are, and how far a score may be off, hold in 8 bits too."""
+def _check_golden(made: Bundle, uri: str, archive: str) -> None:
+    """Whether golden pairs hold in 8 bits, within what the bundle allowed before."""
+    assert made.golden is not None
+    scores = Predictor(made, "cpu").score_table(golden.inputs(made.golden))
     try:
-        Predictor(made, "cpu").check_golden()
+        golden.compare(made.golden, scores, made.labels)
     except BundleError as error:
-        raise BundleError(f"{uri}: does not bear 8 bits: {error}") from None
+        raise BundleError(
+            f"{uri}: does not bear 8 bits after what was seen in {archive}: {error}; show it more "
+            "pairs (--pairs), more like those it learned from, or keep it as it is"
+        ) from None
 
 
-def _scored(
-    predictor: Predictor, pairs: Sequence[tuple[Sample, Prepared]]
-) -> tuple[pa.Table, float]:
+def _scored(predictor: Predictor, pairs: Pairs) -> tuple[pa.Table, float]:
     """Scores, and seconds of the model."""
     samples, prepared = map(list, zip(*pairs, strict=True))
     predictor.forward(prepared[:BATCH])  # kernels are made in the first call
-    began = time.perf_counter()
-    table = predictor.score(samples, prepared).table
-    return table, time.perf_counter() - began
+    scored = predictor.score(samples, prepared)
+    return scored.table, scored.seconds_predict
 
 
-def _arm(predictor: Predictor, pairs: Sequence[tuple[Sample, Prepared]], float32: pa.Table) -> Arm:
+def _arm(predictor: Predictor, pairs: Pairs, float32: pa.Table) -> Arm:
     table, seconds = _scored(predictor, pairs)
     names = rows.probability_columns(predictor.labels)
-    difference = np.max(
-        [np.abs(table[n].to_numpy() - float32[n].to_numpy()) for n in names], axis=0
-    )
-    changed = sum(
-        one != other
-        for one, other in zip(*(t[rows.LABEL].to_pylist() for t in (table, float32)), strict=True)
-    )
+    off = np.abs(_columns(table, names) - _columns(float32, names)).max(axis=1)
+    off = off[np.isfinite(off)]  # of rows that both could score
+    changed = _columns(table, [rows.LABEL]) != _columns(float32, [rows.LABEL])
     return Arm(
         predictor.computes_in,
-        changed,
-        float(difference.mean()),
-        float(difference.max()),
+        int(changed.sum()),
+        float(off.mean()) if len(off) else 0.0,
+        float(off.max()) if len(off) else 0.0,
         len(pairs) / seconds,
     )
+
+
+def _columns(table: pa.Table, names: Sequence[str]) -> npt.NDArray[Any]:
+    return np.stack([table[name].to_numpy() for name in names], axis=1)

@@ -31,9 +31,12 @@ from mmray.engine.decoder import Decoder
 from mmray.engine.pieces import Piece, Plan
 from mmray.engine.scorer import Scorer
 from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.model import int8
 from mmray.predict import Predictor
 from mmray.preprocess import Preprocessor, image
+from mmray.quantize import quantize
 from mmray.report.progress import Console
+from mmray.rescore import rescore
 from mmray.verify import verify
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this module
@@ -117,6 +120,19 @@ class TestOneRun:
         other = tiny.bundle(str(tmp_path / "other"), seed=1)
         with pytest.raises(ConfigError, match="bundle fingerprint"):
             run(other, archive, tmp_path)
+
+    @pytest.mark.skipif(not int8.supported(), reason="this CPU does not multiply 8-bit integers")
+    def test_a_quantized_bundle_is_scored_with_in_8_bits(
+        self, bundle: str, archive: Path, tmp_path: Path
+    ) -> None:
+        quantized, out = str(tmp_path / "int8"), tmp_path / "out"
+        quantize(bundle, str(archive), quantized, pairs=20)
+        run(quantized, archive, out)
+        found = content(out)
+        assert found == expected(quantized, archive) != expected(bundle, archive)
+        assert verify(str(out)).ok
+        again, findings = rescore(str(out))
+        assert again and not findings
 
     @pytest.mark.parametrize("kind", ["tar", "parquet"])
     def test_readers_share_a_shard_far_larger_than_the_others(

@@ -17,7 +17,7 @@ from PIL import Image
 from mmray import cli, storage
 from mmray.archive import shards
 from mmray.archive.rows import Sample
-from mmray.bundle import RANGES, Bundle, load
+from mmray.bundle import MANIFEST, RANGES, Bundle, load
 from mmray.errors import BundleError, ConfigError
 from mmray.model import int8
 from mmray.predict import Predictor
@@ -109,10 +109,10 @@ class TestQuantize:
         uri = storage.join(s3_endpoint.bucket(), "model")
         assert made[1].golden is not None
         made[1].save(uri, golden=made[1].golden)
-        assert load(uri).ranges == made[1].ranges
+        assert load(uri).int8 == made[1].int8 is not None
         assert made[0].golden is not None
         made[0].save(uri, golden=made[0].golden)
-        assert load(uri).ranges is None, "nothing is left of the one that was there"
+        assert load(uri).int8 is None, "nothing is left of the one that was there"
 
     def test_pairs_unlike_the_golden_ones_are_refused(self, tmp_path: Path) -> None:
         uri = tiny.bundle(str(tmp_path / "floats"), sharp=30.0)
@@ -121,24 +121,59 @@ class TestQuantize:
         files = ((".png", grey.getvalue()), (".txt", b"a sea"))
         members = [(f"{i}{ending}", data) for i in range(8) for ending, data in files]
         tiny.write_tar(tmp_path / "grey" / "0.tar", members)
-        with pytest.raises(BundleError, match=r"does not bear 8 bits: .* int8 .*golden pair"):
+        with pytest.raises(
+            BundleError, match=r"does not bear 8 bits .*grey: golden pair .*--pairs"
+        ):
             quantize(uri, str(tmp_path / "grey"), str(tmp_path / "out"))
         assert not (tmp_path / "out").exists()
+
+    def test_rows_come_from_all_over_the_archive_and_those_set_aside_are_counted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        uri = tiny.bundle(str(tmp_path / "floats"))
+        tiny.write_archive(tmp_path / "a", [4] * 31)
+        tiny.write_tar(tmp_path / "a" / "00000.tar", [("x.jpg", b""), ("x.txt", b"a sea")])
+        read: list[str] = []
+        plain = shards.read_shard
+        monkeypatch.setattr(
+            shards,
+            "read_shard",
+            lambda root, shard, **k: read.append(shard.path) or plain(root, shard, **k),
+        )
+        found = quantize(uri, str(tmp_path / "a"), str(tmp_path / "out"), pairs=32)
+        assert len(read) == 16 and read[0] == "00000.tar" and read[-1] >= "00028.tar"
+        assert found.set_aside == 1 and found.rows == (32 - 1) // 2
+
+    def test_where_pictures_may_be_missing_those_that_are_there_are_looked_at(
+        self, tmp_path: Path
+    ) -> None:
+        uri = tiny.bundle(str(tmp_path / "floats"), missing=True)
+        pairs = [(f"{i}.txt", b"a sea") for i in range(4)]
+        tiny.write_tar(tmp_path / "a" / "0.tar", [*pairs, *tiny.members(16, 50)])
+        found = quantize(uri, str(tmp_path / "a"), str(tmp_path / "int8"), pairs=20)
+        assert found.set_aside == 0 and found.rows == 10
+        assert found.after.most_difference < 0.02
+        assert load(found.out).metrics["quantized"]["of"] == load(uri).fingerprint
 
     def test_what_cannot_be_is_refused_before_it_costs(
         self, made: tuple[Bundle, Bundle], tmp_path: Path, archive: str
     ) -> None:
         assert made[1].golden is not None
         made[1].save(str(tmp_path / "int8"), golden=made[1].golden)
-        with pytest.raises(ConfigError, match="quantized already"):
-            quantize(str(tmp_path / "int8"), archive, str(tmp_path / "out"))
-        text = tiny.bundle(str(tmp_path / "text"), modalities="text")
-        with pytest.raises(ConfigError, match="no convolution"):
-            quantize(text, archive, str(tmp_path / "out"))
         floats = tiny.bundle(str(tmp_path / "floats"))
+        text = tiny.bundle(str(tmp_path / "text"), modalities="text")
         tiny.write_tar(tmp_path / "broken" / "0.tar", [("0.jpg", b""), ("0.txt", b"a sea")])
-        with pytest.raises(ConfigError, match="too few pairs"):
-            quantize(floats, str(tmp_path / "broken"), str(tmp_path / "out"))
+        (tmp_path / "empty").mkdir()
+        for uri, pairs, out, words in (
+            (str(tmp_path / "int8"), archive, "out", "quantized already"),
+            (text, archive, "out", "no convolution"),
+            (floats, str(tmp_path / "broken"), "out", "0 of 1 pairs .* the first: image empty"),
+            (floats, str(tmp_path / "empty"), "out", "no shards"),
+            (floats, archive, "floats", "is the bundle itself"),
+        ):
+            with pytest.raises(ConfigError, match=words):
+                quantize(uri, pairs, str(tmp_path / out))
+        assert load(floats).int8 is None and not (tmp_path / "out").exists()
 
 
 def test_a_cpu_without_8_bits_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,28 +184,37 @@ def test_a_cpu_without_8_bits_is_told_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @needs_int8
-@pytest.mark.parametrize("damage", ["edited", "nonsense", "gone"])
+@pytest.mark.parametrize("damage", ["edited", "gone"])
 def test_damaged_ranges_are_named(made: tuple[Bundle, Bundle], tmp_path: Path, damage: str) -> None:
     assert made[1].golden is not None
     made[1].save(str(tmp_path / "b"), golden=made[1].golden)
     path = tmp_path / "b" / RANGES
     if damage == "gone":
         path.unlink()
-    elif damage == "edited":
-        path.write_text(path.read_text().replace("0.0", "0.1"))
     else:
-        path.write_text("[1]")
-    with pytest.raises(BundleError, match=RANGES.replace(".", r"\.")):
+        path.write_text(path.read_text().replace("0.0", "0.1"))
+    with pytest.raises(BundleError, match=RANGES):
         load(str(tmp_path / "b"))
 
 
 @needs_int8
-def test_ranges_that_are_no_numbers_are_refused(
-    made: tuple[Bundle, Bundle], tmp_path: Path
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "{", '{"1.0": [0, NaN]}', '{"1.0": [1, 2]}', '{"1.0": [0, 1e300]}', '{"no": [0, 1]}'],
+)
+def test_ranges_that_are_none_are_refused_by_whoever_loads_them(
+    made: tuple[Bundle, Bundle], tmp_path: Path, text: str
 ) -> None:
-    """By somebody who also mended the manifest."""
-    bundle = replace(made[1], ranges={"net": (0.0, float("nan"))})
+    """Written by somebody who also mended the manifest."""
     assert made[1].golden is not None
-    bundle.save(str(tmp_path / "b"), golden=made[1].golden)
-    with pytest.raises(BundleError, match="not the ranges"):
-        load(str(tmp_path / "b"))
+    replace(made[1], int8=text).save(str(tmp_path / "b"), golden=made[1].golden)
+    with pytest.raises(BundleError, match=r"int8\.json|ranges of 'no'"):
+        Predictor(load(str(tmp_path / "b")), "cpu")
+
+
+def test_a_bundle_that_was_never_quantized_keeps_its_fingerprint(tmp_path: Path) -> None:
+    uri = tiny.bundle(str(tmp_path / "floats"))
+    bundle = load(uri)
+    assert bundle.fingerprint == replace(bundle, int8=None).fingerprint
+    assert RANGES not in json.loads((tmp_path / "floats" / MANIFEST).read_text())["files"]
+    assert replace(bundle, int8="{}").fingerprint != bundle.fingerprint

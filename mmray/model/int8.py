@@ -1,14 +1,15 @@
 """Convolutions in 8-bit integers, on CPUs that multiply those twice as fast as bfloat16.
 
 As in Jacob et al. 2018 (arXiv:1712.05877): weights are rounded by output channel, what goes in by
-the range that was seen before (``observed``), and sums are exact, so that a row's scores do not
-depend on the others of its batch. Everything else stays in the precision it has.
+the range that was seen before (``observed``), beyond which it saturates; sums are exact. Everything
+else stays in the precision it has.
 
 Shapes: B rows, C channels in, O out, H x W pixels.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mmray.config import Range
+from mmray.errors import BundleError
 
 #: Multiplications that every value going in takes part in, from which on more time is won than
 #: rounding the values takes; 3 x 3 to 64 channels are 576, 1 x 1 to 64 channels 64.
@@ -30,8 +32,8 @@ def supported() -> bool:
     return any(features.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
-def worthwhile(net: nn.Module) -> dict[str, nn.Conv2d]:
-    """The convolutions of ``net``, by name, that are faster in 8 bits."""
+def eligible(net: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of ``net``, by name, that can compute in 8 bits."""
     return {
         name: module
         for name, module in net.named_modules()
@@ -39,7 +41,15 @@ def worthwhile(net: nn.Module) -> dict[str, nn.Conv2d]:
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and module.weight[:, 0].numel() / (module.stride[0] * module.stride[1]) >= WORTH
+    }
+
+
+def worthwhile(net: nn.Module) -> dict[str, nn.Conv2d]:
+    """Those that are faster so."""
+    return {
+        name: module
+        for name, module in eligible(net).items()
+        if module.weight[:, 0].numel() / (module.stride[0] * module.stride[1]) >= WORTH
     }
 
 
@@ -52,7 +62,7 @@ def observed(net: nn.Module) -> Iterator[dict[str, Range]]:
     def watch(name: str, x_BCHW: Tensor) -> None:
         low, high = (float(value) for value in x_BCHW.aminmax())
         before = ranges.get(name, (0.0, 0.0))
-        ranges[name] = min(low, before[0]), max(high, before[1])
+        ranges[name] = min(before[0], low), max(before[1], high)
 
     hooks = [
         module.register_forward_pre_hook(lambda _, args, name=name: watch(name, args[0]))
@@ -65,36 +75,37 @@ def observed(net: nn.Module) -> Iterator[dict[str, Range]]:
             hook.remove()
 
 
-def quantize(net: nn.Module, ranges: Mapping[str, Range], dtype: torch.dtype) -> int:
-    """Put ``Int8Conv2d`` in the place of the convolutions ``ranges`` names, in place, and say how
-    many. ``dtype`` is what all else computes in: float32 or bfloat16.
+def quantize(net: nn.Module, ranges: Mapping[str, Range], dtype: torch.dtype) -> None:
+    """Put ``Int8Conv2d`` in the place of the convolutions ``ranges`` names, in place. ``dtype`` is
+    what all else computes in: float32 or bfloat16.
 
     Batch norms are folded by then (``speed.fold_batch_norms``); a convolution that only another one
-    reads, through ReLU, gives 8 bits itself.
+    reads, through ReLU, gives 8 bits itself. Raises BundleError for a name that is none of
+    ``eligible``.
     """
-    found = worthwhile(net)
-    named = {name: found[name] for name in ranges if name in found}
+    found = eligible(net)
+    if strange := sorted(ranges.keys() - found.keys()):
+        raise BundleError(f"ranges of {strange[0]!r}, which is no convolution that has 8 bits")
+    named = {name: found[name] for name in ranges}
     reads = _readers(net, named)
     for name, module in named.items():
-        into = ranges[reads[name]] if name in reads else None
-        net.set_submodule(name, Int8Conv2d(module, ranges[name], into, dtype))
-    return len(named)
+        low, high = ranges[reads[name]] if name in reads else (0.0, 0.0)
+        most = high if low == 0 else 0.0  # ReLU gives nothing below 0
+        net.set_submodule(name, Int8Conv2d(module, ranges[name], most, dtype))
 
 
 class Int8Conv2d(nn.Module):
     """``forward(x)``: float or, as another Int8Conv2d made it, uint8 [B, C, H, W] -> ``dtype``, or
-    uint8 where ``into`` is the range of the next one, ReLU included."""
+    uint8 for the next one, which takes 0 to ``most``, ReLU included; 0: there is none."""
 
-    def __init__(
-        self, conv: nn.Conv2d, taken: Range, into: Range | None, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, conv: nn.Conv2d, taken: Range, most: float, dtype: torch.dtype) -> None:
         super().__init__()
         weight_OCHW = conv.weight.detach().float()
         scales_O = weight_OCHW.abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
         rounded_OCHW = (weight_OCHW / scales_O.view(-1, 1, 1, 1)).round().to(torch.int8)
         self.scale, self.zero = _grid(taken)
-        self.out_scale, self.out_zero = _grid(into) if into else (1.0, 0)
-        self.dtype = torch.uint8 if into else dtype
+        self.out_scale = _grid((0.0, most))[0] if most else 1.0
+        self.dtype = torch.uint8 if most else dtype
         self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
         self.register_buffer("scales", scales_O, persistent=False)
         self.register_buffer(
@@ -113,7 +124,7 @@ class Int8Conv2d(nn.Module):
         out_BOHW: Tensor = torch.ops.onednn.qconv_pointwise(
             x_BCHW, self.scale, self.zero, self.packed, self.scales, self.zeros, self.bias,
             self.stride, self.padding, self.dilation, 1,
-            self.out_scale, self.out_zero, self.dtype, "none", [], "",
+            self.out_scale, 0, self.dtype, "none", [], "",
         )  # fmt: skip
         return out_BOHW
 
@@ -138,12 +149,14 @@ def _readers(net: nn.Module, named: Mapping[str, nn.Conv2d]) -> dict[str, str]:
     except (fx.proxy.TraceError, TypeError):
         return {}
     modules = dict(net.named_modules())
+    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     found: dict[str, str] = {}
     for node in graph.nodes:
-        if node.op == "call_module" and str(node.target) in named:
+        name = str(node.target)
+        if name in named and calls[name] == 1:
             reader = _through_relu(node, modules)
-            if reader is not None and reader in named:
-                found[str(node.target)] = reader
+            if reader is not None and reader in named and calls[reader] == 1:
+                found[name] = reader
     return found
 
 
