@@ -326,13 +326,16 @@ def _line(error: BaseException) -> str:
 
 
 def _quiet_data() -> None:
-    """Ray Data tells of every dataset and draws bars; mmray says what is done.
+    """Ray Data tells of every dataset, draws bars and, where pictures are large, advises options that
+    mmray's users do not have; mmray says what is done.
 
     Its warnings are still shown, and its log file in Ray's session directory keeps all. What a
     lost worker raised is said without its traceback, which is Ray's own, and which would keep the
     pool's actors, and their CPUs, for as long as a log handler keeps the record.
     """
-    DataContext.get_current().enable_progress_bars = False
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.issue_detectors_config.detectors = []
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler):
