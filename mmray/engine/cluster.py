@@ -326,8 +326,8 @@ def _line(error: BaseException) -> str:
 
 
 def _quiet_data() -> None:
-    """Ray Data tells of every dataset, draws bars and, where pictures are large, advises options that
-    mmray's users do not have; mmray says what is done.
+    """Ray Data tells of every dataset, draws bars and, where pictures are large, advises options
+    that mmray's users do not have; mmray says what is done.
 
     Its warnings are still shown, and its log file in Ray's session directory keeps all. What a
     lost worker raised is said without its traceback, which is Ray's own, and which would keep the
