@@ -310,7 +310,7 @@ def load(uri: str) -> Bundle:
         training=manifest.training,
         task=manifest.task,
         golden=golden,
-        int8=files[RANGES].decode() if RANGES in files else None,
+        int8=files[RANGES].decode(errors="replace") if RANGES in files else None,
     )
 
 
