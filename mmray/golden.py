@@ -99,12 +99,6 @@ def with_tolerance(golden: pa.Table, rough: pa.Table, labels: Sequence[str]) -> 
     return golden.replace_schema_metadata({TOLERANCE: f"{allowed:.4f}"})
 
 
-def allowing(golden: pa.Table, difference: float) -> pa.Table:
-    """``golden`` with a tolerance of ``difference`` where its own is less."""
-    allowed = min(MOST, max(tolerance(golden), difference))
-    return golden.replace_schema_metadata({TOLERANCE: f"{allowed:.4f}"})
-
-
 def _doubtful(
     found: Sequence[tuple[int, Mapping[str, Any]]], names: Sequence[str], several: bool
 ) -> list[int]:

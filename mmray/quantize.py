@@ -34,7 +34,6 @@ from mmray.targets import Target, Targets
 
 SHARDS = 16  # that rows are taken from, all over the archive
 BATCH = 32
-SPARE = 2.0  # times the largest difference seen that scores may differ between machines
 
 Pairs = Sequence[tuple[Sample, Prepared]]
 
@@ -114,9 +113,10 @@ def quantize(
     float32 = _scored(Predictor(bundle, "cpu", "float32"), compared)[0]
     before, after = (_arm(Predictor(b, "cpu"), compared, float32) for b in (bundle, made))
     assert made.golden is not None
-    widened = golden.allowing(made.golden, SPARE * after.most_difference)
     found = {"of": bundle.fingerprint, "before": asdict(before), "after": asdict(after)}
-    saved = replace(made, metrics={**made.metrics, "quantized": found}).save(out, golden=widened)
+    saved = replace(made, metrics={**made.metrics, "quantized": found}).save(
+        out, golden=made.golden
+    )
     aside = len(samples) - len(prepared)
     return Report(uri, out, saved.fingerprint, len(ranges), len(compared), aside, before, after)
 

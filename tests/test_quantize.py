@@ -65,6 +65,8 @@ class TestQuantize:
         assert quantized.int8 and not floats.int8
         assert quantized.fingerprint != floats.fingerprint
         assert quantized.check_golden() > floats.check_golden()
+        assert quantized.golden == floats.golden, "and what they must give, within what tolerance"
+        assert quantized.golden.schema.metadata == floats.golden.schema.metadata
         before, after = scores(floats, archive), scores(quantized, archive)
         assert before.std() > 0.02, "or nothing could be told"
         assert 0 < np.abs(before - after).max() < 0.02
