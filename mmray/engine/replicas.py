@@ -25,6 +25,7 @@ from mmray import serving as serving_room
 from mmray.archive.rows import Sample
 from mmray.bundle import Bundle, load, read_manifest
 from mmray.engine.decoders import Decoders
+from mmray.engine.turns import wait_for_turns
 from mmray.errors import BadRow, BundleError, MmrayError, RunError
 from mmray.memory import settle
 from mmray.preprocess import Prepared
@@ -60,6 +61,7 @@ class Scorer:
 
         from mmray.predict import Predictor
 
+        wait_for_turns()
         score = cfg.score
         torch.set_num_threads(score.threads or max(1, int(score.cpus)))
         bundle = loaded(uri, fingerprint)
@@ -182,6 +184,7 @@ class Ingress:
     ) -> None:
         from mmray.predict import Predictor
 
+        wait_for_turns()
         self._token = token_of(cfg)
         bundle = loaded(uri, fingerprint)
         # A bundle that fails here never replaces one that does not, even as the one to prepare for.

@@ -23,13 +23,19 @@ import ray
 import yaml
 from ray import serve
 from ray.exceptions import RayTaskError
-from ray.serve.config import AutoscalingConfig, BackpressureConfig, HTTPOptions
+from ray.serve.config import (
+    AutoscalingConfig,
+    BackpressureConfig,
+    HTTPOptions,
+    RequestRouterConfig,
+)
 from ray.serve.context import _get_global_client  # what serves already is not told in public
 
 from mmray import config, golden, storage
 from mmray.bundle import read_manifest
 from mmray.engine import cluster
 from mmray.engine.replicas import Ingress, Scorer, loaded
+from mmray.engine.routing import FewestOut
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.report.progress import Console
 from mmray.serving import card
@@ -65,7 +71,11 @@ def application(args: dict[str, Any]) -> serve.Application:
     except RayTaskError as error:
         raise error.cause from None
     score, decode = cfg.score, cfg.decode
-    scorer = _deployment(Scorer, score, cfg, num_gpus=score.gpus)
+    scorer = _deployment(Scorer, score, cfg, num_gpus=score.gpus).options(
+        request_router_config=RequestRouterConfig(
+            request_router_class=FewestOut  # type: ignore[arg-type]  # mypy sees another field
+        )
+    )
     ingress = _deployment(serve.ingress()(Ingress), decode, cfg, extra=PROBES)
     return ingress.bind(uri, fingerprint, cfg, scorer.bind(uri, fingerprint, cfg))
 
