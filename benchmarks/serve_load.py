@@ -5,11 +5,11 @@
         [--arms predictor,mmray,fastapi,litserve] [--replicas N] [--json]
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
-server the same. At saturation 48 callers each wait for their answer; all arms take turns at that,
-``--rounds`` times, and ratios are the median over the rounds. The other loads are open:
-requests come when they come, at 25, 50, 75 and 90 % of that rate, then at three times of it for
-``--overload`` seconds, with the server's memory looked at every second, then at a quarter again:
-``recovery_s`` is when, after an overload, that quarter was first answered in full. Light load is
+server the same. At saturation 64 callers, as many as mmray's Ingress takes, each wait for their
+answer; all arms take turns at that, ``--rounds`` times, and ratios are the median over the rounds.
+The other loads are open: requests come when they come, at 25, 50, 75 and 90 % of that rate, then at
+three times of it for ``--overload`` seconds, with the server's memory looked at every second, then
+at a quarter again: ``recovery_s`` is when that quarter was first answered in full. Light load is
 five requests a second, so that they come one at a time, as those of the bare Predictor do by which
 it is measured; a tenth of what batches make possible may be half of what single pairs do. What it
 adds is the difference of the medians.
@@ -54,7 +54,7 @@ ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
 LOADS = (0.25, 0.5, 0.75, 0.9)
 LIGHT = 5.0  # requests a second
-CALLERS, WARM_S, RECOVERY_S = 48, 5.0, 10.0
+CALLERS, WARM_S, RECOVERY_S = 64, 5.0, 10.0
 ANSWERED = 0.8  # of what is asked in a second: all, but for chance
 START_S = 240.0
 HERE = Path(__file__).parent

@@ -29,6 +29,7 @@ from ray.exceptions import AuthenticationError
 
 import mmray
 from mmray.errors import ConfigError, MmrayError
+from mmray.memory import ONE_HEAP
 
 #: What workers on other machines must know to reach the same storage. Credentials stay at home:
 #: nodes of a cluster have a role, or their own environment.
@@ -157,7 +158,7 @@ def prepare_to_serve(*, counted: bool = False) -> None:
     a cluster that is joined has its own environment. ``counted``: there is a metrics port."""
     if not ray.is_initialized() and _find_cluster() is None:
         ports = _ports_of_its_own()
-        for name, value in (SERVING | ports | ({} if counted else UNCOUNTED)).items():
+        for name, value in (SERVING | ONE_HEAP | ports | ({} if counted else UNCOUNTED)).items():
             os.environ.setdefault(name, value)
 
 

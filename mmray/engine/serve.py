@@ -37,6 +37,7 @@ from mmray.engine import cluster
 from mmray.engine.replicas import Ingress, Scorer, loaded
 from mmray.engine.routing import FewestOut
 from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.memory import ONE_HEAP
 from mmray.report.progress import Console
 from mmray.serving import card
 from mmray.serving.settings import Replicas, ServeConfig
@@ -135,6 +136,7 @@ def config_file(bundle: str, cfg: ServeConfig) -> str:
     """The YAML that `serve deploy` takes; every value that is not its default is in it."""
     read_manifest(bundle)  # a bundle that is not there is found now
     passed_on = {name: os.environ[name] for name in cluster.PASSED_ON if name in os.environ}
+    environment = {"env_vars": ONE_HEAP | passed_on}  # a replica computes in a thread
     tree = {
         "proxy_location": "EveryNode",
         "http_options": _http(cfg),
@@ -144,7 +146,7 @@ def config_file(bundle: str, cfg: ServeConfig) -> str:
                 "name": NAME,
                 "route_prefix": "/",
                 "import_path": IMPORT_PATH,
-                **({"runtime_env": {"env_vars": passed_on}} if passed_on else {}),
+                "runtime_env": environment,
                 "args": {
                     "bundle": storage.absolute(bundle),
                     "config": cfg.model_dump(mode="json", exclude_defaults=True),
