@@ -17,7 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from mmray.engine.routing import FewestOut
 
-ROUNDS = 8
+ROUNDS, HEARS_S = 5, 0.25
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ class Calls:
     def let_go(self, path: Path) -> None:
         Path(f"{path}.go").touch()
         self.out.pop(path).result(timeout_s=20)
-        time.sleep(0.05)  # the router hears of it in a thread of its own
+        time.sleep(HEARS_S)  # the router does, in a thread of its own
 
     def of(self, replica: str) -> list[Path]:
         """The calls it has, as they came."""
