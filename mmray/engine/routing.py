@@ -29,8 +29,11 @@ class FewestOut(RequestRouter):
         """All of them, each a choice of its own, in the order in which they are tried."""
         if pending_request is not None:  # where none of them takes it, wait before the next try
             pending_request.routing_context.should_backoff = True
-        order = [(self._out[replica.replica_id], random.random()) for replica in candidate_replicas]
-        return [[candidate_replicas[i]] for i in sorted(range(len(order)), key=order.__getitem__)]
+
+        def out(replica: RunningReplica) -> tuple[int, float]:
+            return self._out[replica.replica_id], random.random()
+
+        return [[replica] for replica in sorted(candidate_replicas, key=out)]
 
     def on_send_request(self, replica_id: ReplicaID) -> None:
         super().on_send_request(replica_id)
