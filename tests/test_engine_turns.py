@@ -22,9 +22,13 @@ def policies():
 
 def beside(what):
     ended = threading.Event()
-    threading.Thread(target=ended.wait).start()
+    other = threading.Thread(target=ended.wait, daemon=True)  # a failure below ends the process
+    other.start()
     what()
     ended.set()
+    other.join()
+    while str(other.native_id) in os.listdir("/proc/self/task"):  # join returns a moment before
+        pass
 
 def all_wait():
     assert policies() == {os.SCHED_BATCH}, policies()
@@ -39,7 +43,9 @@ assert int(said) == os.SCHED_BATCH
 
 
 def test_all_threads_and_children_wait_for_their_turn() -> None:
-    done = subprocess.run([sys.executable, "-c", WAITING], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", WAITING], stderr=subprocess.PIPE, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
