@@ -7,6 +7,7 @@ import base64
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from mmray.errors import BadRow, ConfigError, RunError
 from mmray.serving import app
 from mmray.serving.answers import Busy
 from mmray.serving.headers import ORDERS, Door
+from mmray.serving.responses import SUM_S
 from mmray.serving.settings import Deadlines, Limits, ServeConfig, overrides, token_of
 
 PROBLEM = "application/problem+json"
@@ -246,14 +248,28 @@ def test_at_the_door_orders_are_taken_away_and_a_full_server_answers_past_everyt
     assert door.get("/livez").json() == {"behind": True}
 
 
-def test_a_server_that_is_full_says_so_before_it_reads(local: served.Local) -> None:
-    made = app.build(local, ServeConfig(), None)
+def test_a_server_that_is_full_says_so_before_it_reads_and_logs_that_in_sums(
+    local: served.Local, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[str, int]] = []
+    made = app.build(
+        local, ServeConfig(), None, lambda path, status, _: told.append((path, status))
+    )
     assert not made.full
     made._server.ongoing = ServeConfig().decode.max_ongoing
     assert made.full
-    answer = post(TestClient(made), b"never read")
-    assert (answer.status_code, answer.json()["reason"]) == (503, "too busy")
-    assert answer.headers["retry-after"] == "1"
+    with TestClient(made) as client, caplog.at_level(logging.INFO, "mmray.serving"):
+        for number in ("mine-1", "mine-2", "no good"):
+            answer = client.post("/v1/score", content=b"", headers={"x-request-id": number})
+            assert (answer.status_code, answer.json()["reason"]) == (503, "too busy")
+            assert answer.headers["retry-after"] == "1"
+            assert answer.headers["content-type"] == PROBLEM
+            assert (answer.json()["request_id"] == number) == number.startswith("mine")
+        assert client.get("/livez").status_code == 200
+        time.sleep(SUM_S + 0.2)
+    assert told == [("/v1/score", 503)] * 3 + [("/livez", 200)]
+    assert caplog.text.count(" 503 ") == 1
+    assert "3 requests turned away in 1 s: POST /v1/score 503 too busy" in caplog.text
 
 
 def test_an_error_nobody_thought_of_is_counted_and_quotes_nothing(

@@ -79,12 +79,10 @@ class _Server:
         most_bytes: int,
         answer: Callable[[bytes, str], Awaitable[dict[str, Any]]],
     ) -> Response:
-        """One request within its deadline, or refused at once where too many are in work."""
+        """One request within its deadline."""
         began = time.perf_counter()
         self._check_headers(request)
         self._check_token(request)
-        if self.full:
-            raise self._busy()
         self.ongoing += 1
         try:
             async with asyncio.timeout(self.cfg.deadlines.request_s):
@@ -95,7 +93,7 @@ class _Server:
                 504, "too slow", f"no answer within {self.cfg.deadlines.request_s:g} s"
             ) from None
         except Busy:
-            raise self._busy() from None
+            raise self.busy() from None
         except RunError:
             log.exception("the model failed")
             raise Refused(500, "the model failed") from None
@@ -152,7 +150,7 @@ class _Server:
             raise Refused(400, "body cut", "the connection ended before the body did") from None
         return bytes(body)
 
-    def _busy(self) -> Refused:
+    def busy(self) -> Refused:
         wait = self.cfg.deadlines.retry_after_s
         return Refused(503, "too busy", f"try again in {wait} s", Retry_After=str(wait))
 
@@ -204,7 +202,8 @@ def _too_large(size: int, most: int) -> Refused:
 
 
 class Application(FastAPI):
-    """Scoring goes to its handlers directly: FastAPI's way to them takes as long as they do."""
+    """Scoring goes to its handlers directly: FastAPI's way to them takes as long as they do. Where
+    too many requests are in work, one more is refused before anything of it is looked at."""
 
     def __init__(self, server: _Server, *, needs_token: bool, observe: Observer) -> None:
         super().__init__(
@@ -219,6 +218,7 @@ class Application(FastAPI):
         found = (route for route in self.routes if isinstance(route, APIRoute))
         routes = {route.path: route for route in found if "POST" in (route.methods or ())}
         self._direct, self._scoring = responses.Direct(routes, observe), frozenset(routes)
+        self._turned_away = responses.TurnedAway(server.busy(), observe)
 
     @property
     def full(self) -> bool:
@@ -226,8 +226,12 @@ class Application(FastAPI):
         return self._server.full
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scores = scope.get("method") == "POST" and scope["path"] in self._scoring
-        await (self._direct if scores else super().__call__)(scope, receive, send)
+        if scope.get("method") != "POST" or scope["path"] not in self._scoring:
+            await super().__call__(scope, receive, send)
+        elif self.full:
+            await self._turned_away(scope, receive, send)
+        else:
+            await self._direct(scope, receive, send)
 
 
 def build(

@@ -1,14 +1,18 @@
 """What every answer goes through: refusals become problems, and a line in the log.
 
-Of a request only its id, sizes, the status and the reason are logged.
+Of a request only its id, sizes, the status and the reason are logged. Those that are turned away
+because there is no room, a thousand a second in an overload, are counted there and not listed.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
 import math
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from uuid import uuid4
@@ -23,6 +27,8 @@ from mmray.serving.answers import PROBLEM, Refused
 from mmray.serving.headers import plain_id
 
 log = logging.getLogger(__name__)
+
+SUM_S = 1.0  # between lines in the log about those that are turned away
 
 #: Is told of every request, when it is over: path as routed, status, seconds.
 Observer = Callable[[str, int, float], None]
@@ -111,3 +117,34 @@ class Direct(Logged):
         except Refused as error:
             answer = await refused(request, error)
         await answer(scope, receive, send)
+
+
+class TurnedAway:
+    """Answers every request with the same refusal, at little cost to those that are scored. The
+    log has one line for all of a second."""
+
+    def __init__(self, refused: Refused, observe: Observer) -> None:
+        self._refused, self._observe = refused, observe
+        self._headers = [
+            (name.lower().encode(), value.encode()) for name, value in refused.headers.items()
+        ]
+        self._headers.append((b"content-type", PROBLEM.encode()))
+        self._count: Counter[str] = Counter()  # by path, not logged yet
+
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
+        if not self._count:
+            asyncio.get_running_loop().call_later(SUM_S, self._log)
+        self._count[scope["path"]] += 1
+        self._observe(scope["path"], self._refused.status, 0.0)
+        request_id = plain_id(scope["headers"]) or uuid4().hex
+        body = json.dumps(self._refused.problem(request_id)).encode()
+        headers = [*self._headers, (b"content-length", str(len(body)).encode())]
+        status = self._refused.status
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    def _log(self) -> None:
+        for path, count in self._count.items():
+            told = count, SUM_S, path, self._refused.status, self._refused.reason
+            log.info("%d requests turned away in %g s: POST %s %d %s", *told)
+        self._count.clear()
