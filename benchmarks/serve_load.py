@@ -9,7 +9,9 @@ server the same. At saturation 64 callers, as many as mmray's Ingress takes, eac
 answer; all arms take turns at that, ``--rounds`` times, and ratios are the median over the rounds.
 The other loads are open: requests come when they come, at 25, 50, 75 and 90 % of that rate, then at
 three times of it for ``--overload`` seconds, with the server's memory looked at every second, then
-at a quarter again: ``recovery_s`` is when that quarter was first answered in full. Light load is
+at a quarter again: ``recovery_s`` is when that quarter was first answered in full. Goodput in that
+overload is over what the same server answered at saturation right before and answers right after:
+the machine's own speed changes by a tenth within minutes. Light load is
 five requests a second, so that they come one at a time, as those of the bare Predictor do by which
 it is measured; a tenth of what batches make possible may be half of what single pairs do. What it
 adds is the difference of the medians.
@@ -129,6 +131,9 @@ def run(
         found = {"rate": full["goodput"], "ms": full["ms"], "statuses": full["statuses"]}
         if arm == "mmray" and last:
             found |= under_loads(asked, full["goodput"], args, process)
+            if args.overload:
+                again = load({**asked, "in_flight": CALLERS, "seconds": args.seconds})
+                found["rates_around"] = [full["goodput"], again["goodput"]]
             if args.changes:
                 found |= changes(asked, full["goodput"], args.changes, process, bundle, other)
     return found
@@ -248,7 +253,9 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
     def kept(case: dict[str, Any]) -> float | None:
         found = case.get("mmray", {}).get("overload")
-        return None if found is None else found["goodput"] / case["mmray"]["rate"]
+        if found is None:
+            return None
+        return float(found["goodput"] / statistics.mean(case["mmray"]["rates_around"]))
 
     return {
         "benchmark": "serve_load",
@@ -294,6 +301,8 @@ def _loads(found: dict[str, Any]) -> list[str]:
         lines.append(f"  refused under overload after {refused} ms")
         lines.append(f"  MiB before {before}, at most {most}, after {after}")
         lines.append(f"  in full again after {found['recovery_s']} s")
+        first, again = found["rates_around"]
+        lines.append(f"  at saturation {first:.1f}/s before all that, {again:.1f}/s after")
     for name in CHANGES:
         if name in found:
             asked, lost, wrong = (found[name][f"client_{k}"] for k in ("asked", "lost", "wrong"))

@@ -35,6 +35,13 @@ sys.stdin.read()  # ends when the tests do, however they end
 """
 
 
+LONG = ("test_notebook.py", "test_readme.py")  # of minutes; begun last, they are waited for alone
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """An S3 endpoint that speaks HTTP on ``url``; every ``bucket()`` is a new, empty one."""
