@@ -41,6 +41,7 @@ from mmray.client import AsyncClient, Client, Pair, Problem, Score
 from mmray.errors import BundleError, ConfigError, RunError
 from mmray.predict import Predictor
 from mmray.serving.settings import ServeConfig
+from mmray.serving.shared import NAME
 
 TOLERANCE = 1e-4  # of a probability: float rounding, whatever else is in the batch
 PAIRS = 500
@@ -143,6 +144,9 @@ def test_online_scores_are_those_of_the_batch_job(server: Server, shared: Path) 
         assert isinstance(answer, Score) and answer.label == row["label"]
         scores = {name: row[f"p_{name}"] for name in tiny.LABELS}
         assert answer.scores == pytest.approx(scores, abs=TOLERANCE)
+    for pid in server.replicas("Scorer"):
+        seen = Path(f"/proc/{pid}/maps").read_text()
+        assert NAME in seen, "pixels were sent to a replica of the same machine"
 
 
 def test_nothing_that_is_posted_ends_a_replica_or_gives_a_5xx(server: Server, shared: Path) -> None:

@@ -1,8 +1,9 @@
 """The two kinds of replicas of a server: one speaks HTTP and decodes, one holds the model.
 
-Between them go uint8 pixels and token ids. Each loads the bundle and checks its golden pairs before
-it takes a request. During a change of bundles a replica of one may meet a replica of the other:
-pixels made for another bundle are never scored, the pair itself is sent then.
+Between them go uint8 pixels, on one machine through memory that both see, and token ids. Each loads
+the bundle and checks its golden pairs before it takes a request. During a change of bundles a
+replica of one may meet a replica of the other: pixels made for another bundle are never scored, the
+pair itself is sent then.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from mmray.serving.headers import Door
 from mmray.serving.lane import Lane
 from mmray.serving.responses import SUM_S
 from mmray.serving.settings import ServeConfig, token_of
+from mmray.serving.shared import Elsewhere, Receiver, Sender, Where
 
 ATTEMPTS = 3  # to score what a replica was given that died; scoring twice changes nothing
 
@@ -76,15 +78,19 @@ class Scorer:
         self._thread = ThreadPoolExecutor(1)
         # Not serve.batch, which cuts its batches before one of them can start.
         self._lane = Lane(self._scored, score.batch_rows, score.concurrent_batches)
-        self._meters = ModelMeters()
+        self._meters, self._receiver = ModelMeters(), Receiver()
         settle()
 
-    async def score(self, fingerprint: str, prepared: Sequence[Prepared]) -> list[Outcome] | None:
+    async def score(
+        self, fingerprint: str, prepared: Sequence[Prepared], where: Where | None = None
+    ) -> list[Outcome] | Elsewhere | None:
         """What the model makes of rows prepared for the bundle ``fingerprint``, at most
-        ``batch_rows`` of them; None when this replica holds another bundle."""
+        ``batch_rows`` of them; None when this replica holds another bundle. ``where`` their pixels
+        are; None: with them."""
         if fingerprint != self._predictor.fingerprint:
             return None
-        return await self._lane.results(prepared)
+        seen = prepared if where is None else self._receiver.rows(prepared, where)
+        return Elsewhere() if seen is None else await self._lane.results(seen)
 
     async def score_samples(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Pairs as they came, prepared here: for a sender that knows another bundle."""
@@ -210,6 +216,7 @@ class Ingress:
         )
         self._decoders, self._meters = Decoders(bundle, cfg), Meters()
         score = cfg.score
+        self._sender = Sender(bundle.preprocess.image.size, score.groups * score.batch_rows)
         self._lane = Lane(
             self._asked, score.batch_rows, score.groups, self._meters.waited,
             hold_s=score.batch_wait_s, coming=lambda: self._decoders.busy,
@@ -256,22 +263,28 @@ class Ingress:
     async def _asked(self, pairs: Sequence[tuple[Sample, Prepared]]) -> list[Outcome]:
         """A group's outcomes."""
         samples, prepared = map(list, zip(*pairs, strict=True))
-        found = await self._answer(self._scorer.score, self._fingerprint, prepared)
+        found = await self._sender.ask(prepared, self._prepared)
         return await self._whole(samples) if found is None else found
+
+    async def _prepared(
+        self, prepared: Sequence[Prepared], where: Where | None
+    ) -> list[Outcome] | Elsewhere | None:
+        found: list[Outcome] | Elsewhere | None = await self._answer(
+            self._scorer.score, self._fingerprint, prepared, where
+        )
+        return found
 
     async def _whole(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Pairs as they came, all by one replica, whatever bundle it holds."""
-        found = await self._answer(self._scorer.score_samples, samples)
-        assert found is not None
+        found: list[Outcome] = await self._answer(self._scorer.score_samples, samples)
         return found
 
-    async def _answer(self, method: Any, *args: Any) -> list[Outcome] | None:
+    async def _answer(self, method: Any, *args: Any) -> Any:
         """What a replica says; asked again where the replica died that had it. Raises Busy and
         RunError."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                found: list[Outcome] | None = await method.remote(*args)
-                return found
+                return await method.remote(*args)
             except (BackPressureError, DeploymentUnavailableError) as error:
                 raise Busy(str(error)) from None
             except RayActorError as error:

@@ -1,0 +1,144 @@
+"""Pixels between the processes of one machine: they are told where those lie, not sent them.
+
+Sent, every byte is copied a dozen times on its way: pickled, framed, through the kernel, and all
+that backwards, which takes the caches from the model. Here a sender writes pixels into memory that
+others map. It has no name, so nothing is left behind by whoever is killed, and only processes of
+the same user can open it. On another machine, or where that does not exist, they are sent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+import secrets
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+
+from mmray.preprocess import Prepared
+
+R = TypeVar("R")
+
+NAME = "mmray-pixels"
+KEY_BYTES = 64  # at the beginning: whose memory it is
+MAPPED = 8  # memories a receiver has open: senders come and go
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where the pixels of some rows lie: in which file of which process, in slots of ``shape``
+    (H, W, 3), one a row; None for a row that has its pixels, or none."""
+
+    pid: int
+    file: int
+    key: bytes
+    shape: tuple[int, ...]
+    slots: tuple[int | None, ...]
+
+
+class Elsewhere:
+    """The answer of a receiver that cannot see a sender's memory."""
+
+
+class Sender:
+    """Memory for the pixels of up to ``rows`` rows of ``size`` x ``size``; for one event loop."""
+
+    def __init__(self, size: int, rows: int) -> None:
+        self._memory = _Memory((size, size, 3), rows) if hasattr(os, "memfd_create") else None
+
+    async def ask(
+        self,
+        prepared: Sequence[Prepared],
+        question: Callable[[Sequence[Prepared], Where | None], Awaitable[R | Elsewhere]],
+    ) -> R:
+        """The answer to ``question`` of rows of which some have their pixels where it is told. To
+        one who is Elsewhere they are sent, as to all who are asked later."""
+        if self._memory is not None:
+            with self._memory.holding(prepared) as (left, where):
+                found = await question(left, where)
+            if not isinstance(found, Elsewhere):
+                return found
+            log.info("pixels are sent from now on: a replica is on another machine")
+            self._memory = None
+        found = await question(prepared, None)
+        assert not isinstance(found, Elsewhere)
+        return found
+
+
+class Receiver:
+    """The other side: sees the memory of senders on its machine."""
+
+    def __init__(self) -> None:
+        self._mapped: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def rows(self, left: Sequence[Prepared], where: Where) -> list[Prepared] | None:
+        """The rows with their pixels, as views that hold while the sender waits for its answer;
+        None where this process cannot see them."""
+        if where.key not in self._mapped:
+            found = _mapped(where)
+            if found is None:
+                return None
+            self._mapped[where.key] = found
+            if len(self._mapped) > MAPPED:
+                self._mapped.popitem(last=False)
+        slots = self._mapped[where.key]
+        return [
+            row if slot is None else replace(row, pixels=slots[slot].transpose(2, 0, 1))
+            for row, slot in zip(left, where.slots, strict=True)
+        ]
+
+
+class _Memory:
+    def __init__(self, shape: tuple[int, ...], rows: int) -> None:
+        self._shape, self._free = shape, list(range(rows))
+        self._key = secrets.token_bytes(KEY_BYTES)
+        self._file = os.memfd_create(NAME)
+        size = KEY_BYTES + rows * int(np.prod(shape))
+        os.ftruncate(self._file, size)
+        memory = mmap.mmap(self._file, size)
+        memory[:KEY_BYTES] = self._key
+        self._slots = np.frombuffer(memory, np.uint8, offset=KEY_BYTES).reshape(rows, *shape)
+
+    def __del__(self) -> None:
+        os.close(self._file)
+
+    @contextlib.contextmanager
+    def holding(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[Prepared], Where]]:
+        """The rows less the pixels that lie here meanwhile; those keep theirs that find no slot."""
+        left: list[Prepared] = []
+        slots: list[int | None] = []
+        for row in prepared:
+            slot = self._free.pop() if self._free and row.pixels is not None else None
+            if slot is not None:
+                assert row.pixels is not None
+                self._slots[slot] = row.pixels.transpose(1, 2, 0)
+                row = replace(row, pixels=None)
+            left.append(row)
+            slots.append(slot)
+        try:
+            yield left, Where(os.getpid(), self._file, self._key, self._shape, tuple(slots))
+        finally:
+            self._free += [slot for slot in slots if slot is not None]
+
+
+def _mapped(where: Where) -> np.ndarray | None:
+    """A sender's slots, read only. On another machine there may be another process of that number,
+    whose files are not touched."""
+    path = f"/proc/{where.pid}/fd/{where.file}"
+    try:
+        if not os.readlink(path).startswith(f"/memfd:{NAME} "):
+            return None
+        with open(path, "rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    except OSError:  # no such process, or not of this user
+        return None
+    if memory[:KEY_BYTES] != where.key:
+        return None
+    return np.frombuffer(memory, np.uint8, offset=KEY_BYTES).reshape(-1, *where.shape)
