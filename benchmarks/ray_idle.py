@@ -1,4 +1,4 @@
-"""What Ray's own processes take of a machine while nothing is asked of them.
+"""What Ray's own processes take of a machine while nothing is asked of them, as mmray starts them.
 
     python benchmarks/ray_idle.py [--seconds 20] [--json]
 
@@ -15,6 +15,8 @@ import time
 
 import psutil
 import ray
+
+from mmray.engine import cluster
 
 SETTLING_S = 15.0
 CORES = os.cpu_count() or 1
@@ -41,7 +43,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     args = parser.parse_args()
     alone = in_use(args.seconds)
-    ray.init(address="local", num_cpus=CORES, logging_level="error")
+    os.environ["RAY_ADDRESS"] = "local"
+    cluster.connect(num_cpus=CORES)  # as a command of mmray starts it
     actors = [Waits.remote() for _ in range(CORES)]
     ray.get([actor.there.remote() for actor in actors])
     time.sleep(SETTLING_S)

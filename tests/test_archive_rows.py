@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pyarrow as pa
+import pytest
+
 from mmray.archive import rows
 from mmray.archive.rows import Sample, ShardEnd
 
@@ -43,3 +46,18 @@ def test_scattered_rows_fill_chunks() -> None:
 
 def test_large_pictures_close_a_chunk_early() -> None:
     assert cuts(0, 7, image=bytes(400)) == [(0, 3), (3, 6), (6, 7)]
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 33])
+def test_what_goes_into_a_table_comes_out(count: int) -> None:
+    images = [None if i % 3 == 1 else b"" if i % 3 == 2 else bytes([i]) * i for i in range(count)]
+    samples = [
+        Sample("s", i, str(i), image, None if i % 2 else "é", {"n": [i]} if i % 4 else {})
+        for i, image in enumerate(images)
+    ]
+    table = rows.to_table(samples)
+    table.validate(full=True)
+    assert table.schema == rows.CHUNK_SCHEMA
+    assert table[rows.IMAGE].combine_chunks() == pa.array(images, pa.large_binary())
+    assert rows.from_table(table) == samples
+    assert rows.from_table(table.slice(count // 2)) == samples[count // 2 :]
