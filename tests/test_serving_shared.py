@@ -114,6 +114,20 @@ def test_one_who_cannot_see_them_is_sent_them_and_so_are_all_after() -> None:
     assert asked == [False, True, True]
 
 
+def test_where_memory_cannot_be_shared_pixels_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(name: str) -> int:
+        raise PermissionError(name)
+
+    async def far(left: Sequence[Prepared], where: Where | None) -> list[Prepared]:
+        assert where is None
+        return list(left)
+
+    monkeypatch.setattr(os, "memfd_create", forbidden)
+    expect_same(asyncio.run(Sender(SIZE, ROWS).ask([prepared(0)], far)), [prepared(0)])
+    monkeypatch.delattr(os, "memfd_create")  # another system
+    expect_same(asyncio.run(Sender(SIZE, ROWS).ask([prepared(0)], far)), [prepared(0)])
+
+
 def test_what_is_not_the_senders_memory_is_not_opened(tmp_path: Path) -> None:
     """The same numbers on another machine name anything: opening a pipe would wait for ever."""
     seen: list[Where] = []

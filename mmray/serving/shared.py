@@ -51,7 +51,12 @@ class Sender:
     """Memory for the pixels of up to ``rows`` rows of ``size`` x ``size``; for one event loop."""
 
     def __init__(self, size: int, rows: int) -> None:
-        self._memory = _Memory((size, size, 3), rows) if hasattr(os, "memfd_create") else None
+        self._memory: _Memory | None = None
+        if hasattr(os, "memfd_create"):
+            try:
+                self._memory = _Memory((size, size, 3), rows)
+            except OSError as error:  # a sandbox may forbid it
+                log.info("pixels are sent: no memory to share: %s", error)
 
     async def ask(
         self,
@@ -97,9 +102,9 @@ class Receiver:
 
 class _Memory:
     def __init__(self, shape: tuple[int, ...], rows: int) -> None:
+        self._file = os.memfd_create(NAME)
         self._shape, self._free = shape, list(range(rows))
         self._key = secrets.token_bytes(KEY_BYTES)
-        self._file = os.memfd_create(NAME)
         size = KEY_BYTES + rows * int(np.prod(shape))
         os.ftruncate(self._file, size)
         memory = mmap.mmap(self._file, size)
@@ -107,7 +112,8 @@ class _Memory:
         self._slots = np.frombuffer(memory, np.uint8, offset=KEY_BYTES).reshape(rows, *shape)
 
     def __del__(self) -> None:
-        os.close(self._file)
+        if hasattr(self, "_file"):  # else there was none to be had
+            os.close(self._file)
 
     @contextlib.contextmanager
     def holding(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[Prepared], Where]]:
