@@ -86,18 +86,18 @@ CHUNK_SCHEMA = pa.schema(
 
 def to_table(samples: Sequence[Sample]) -> pa.Table:
     """Samples as an Arrow table of ``CHUNK_SCHEMA``; ``fields`` as JSON text."""
-    columns: list[list[Any] | pa.Array] = [
+    columns: list[list[Any]] = [
         [s.shard for s in samples],
         [s.row for s in samples],
         [s.key for s in samples],
-        _one_buffer([s.image for s in samples]),
+        [s.image for s in samples],
         [s.caption for s in samples],
         [json.dumps(dict(s.fields), ensure_ascii=False) if s.fields else None for s in samples],
         [s.error for s in samples],
         [s.error_stage for s in samples],
     ]
     arrays = [
-        column if isinstance(column, pa.Array) else pa.array(column, type=field.type)
+        _one_buffer(column) if field.name == IMAGE else pa.array(column, type=field.type)
         for column, field in zip(columns, CHUNK_SCHEMA, strict=True)
     ]
     return pa.Table.from_arrays(arrays, schema=CHUNK_SCHEMA)

@@ -205,6 +205,10 @@ class Ingress:
         from mmray.predict import Predictor
 
         wait_for_turns()
+        # Serve's own handlers write to the replica's log file.
+        requests = logging.getLogger(serving_room.__name__)
+        requests.parent = logging.getLogger("ray.serve")
+        requests.setLevel(logging.INFO)
         self._token = token_of(cfg)
         bundle = loaded(uri, fingerprint)
         # A bundle that fails here never replaces one that does not, even as the one to prepare for.
@@ -225,10 +229,6 @@ class Ingress:
             bundle, card.preprocessor_of(bundle, cfg), read_manifest(uri).task, cfg
         )
         self.examples = card.examples(bundle, cfg.examples)
-        # Serve's own handlers write to the replica's log file.
-        requests = logging.getLogger(serving_room.__name__)
-        requests.parent = logging.getLogger("ray.serve")
-        requests.setLevel(logging.INFO)
         settle()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
