@@ -401,9 +401,13 @@ def test_the_pages_need_nothing_from_elsewhere(client: TestClient) -> None:
         (["limits.body_bytes=100000000"], ["batch_bytes", "body_bytes"]),
         (
             ["score.max_replicas=40", "score.max_ongoing=16", "score.max_queued=8"],
-            ["max_queued", "80 groups", "hold 24"],
+            ["max_queued", "40 groups", "hold 24"],
         ),
-        (["score.max_replicas=2", "score.target_ongoing=6"], ["target_ongoing", "the 4 groups"]),
+        (  # a GPU has one more at hand
+            ["score.gpus=1", "score.max_replicas=20", "score.max_ongoing=16", "score.max_queued=8"],
+            ["max_queued", "40 groups", "hold 24"],
+        ),
+        (["score.max_replicas=2", "score.target_ongoing=6"], ["target_ongoing", "the 2 groups"]),
         (["token_env=A", "token_file=B"], ["token_file", "one of them"]),
         (["score.max_queued=-1"], ["max_queued"]),
         (["score.batch=1"], ["unknown key", "batch_rows"]),

@@ -36,6 +36,7 @@ from mmray.bundle import read_manifest
 from mmray.engine import cluster
 from mmray.engine.replicas import Ingress, Scorer, loaded
 from mmray.engine.routing import FewestOut
+from mmray.engine.turns import wait_for_turns
 from mmray.errors import ConfigError, MmrayError, RunError
 from mmray.memory import ONE_HEAP
 from mmray.report.progress import Console
@@ -171,6 +172,7 @@ def run(bundle: str, cfg: ServeConfig, console: Console, metrics_port: int | Non
     if not cfg.on_loopback and not cfg.asks_for_token:
         console.say(f"listening on {cfg.host} without a token: whoever reaches it may use it")
     console.say(f"starting to serve {manifest.fingerprint[:12]}")
+    wait_for_turns()  # all processes of a Ray that is started here inherit that
     has = cluster.connect(num_cpus=_cpus(cfg), metrics_port=metrics_port)
     try:
         _check_room(cfg, has)

@@ -101,7 +101,7 @@ class Score(Replicas):
     """The replicas that hold the model. A request to one is a group of up to ``batch_rows`` pairs:
     those that came while ``groups`` others were in work."""
 
-    target_ongoing: Positive = 2
+    target_ongoing: Positive = 1
     gpus: Annotated[float, Field(ge=0)] = 0.0  # of the cluster, reserved for each
     threads: Positive | None = None  # of torch; null: one a CPU reserved
     batch_rows: Positive = 16  # pairs scored together, at most
@@ -111,9 +111,11 @@ class Score(Replicas):
 
     @property
     def groups(self) -> int:
-        """That a decoding replica has out at once: those in work and one at hand, for every replica
-        there may be; further pairs wait here, and fill the next group."""
-        return (1 + self.concurrent_batches) * self.max_replicas
+        """That a decoding replica has out at once, for every replica there may be: those in work,
+        and one at hand for a GPU, which would have to wait for it. Further pairs fill the next
+        group meanwhile: full ones take less of a CPU, and its cores have pictures to decode."""
+        at_hand = 1 if self.gpus else 0
+        return (self.concurrent_batches + at_hand) * self.max_replicas
 
     @model_validator(mode="after")
     def _check(self) -> Score:
