@@ -13,9 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 
-from mmray.preprocess import Prepared
-from mmray.serving.shared import Elsewhere, Receiver, Sender, Where
+from mmray import bundle as bundles
+from mmray.archive.rows import Sample
+from mmray.engine.guard import Guard
+from mmray.errors import BadRow
+from mmray.preprocess import Prepared, Preprocessor
+from mmray.serving.shared import Elsewhere, Filled, Receiver, Sender, Tray, Where
 
 SIZE, ROWS = 8, 4
 
@@ -126,6 +131,55 @@ def test_where_memory_cannot_be_shared_pixels_are_sent(monkeypatch: pytest.Monke
     expect_same(asyncio.run(Sender(SIZE, ROWS).ask([prepared(0)], far)), [prepared(0)])
     monkeypatch.delattr(os, "memfd_create")  # another system
     expect_same(asyncio.run(Sender(SIZE, ROWS).ask([prepared(0)], far)), [prepared(0)])
+
+
+@pytest.fixture(scope="module")
+def preprocessor(tmp_path_factory: pytest.TempPathFactory) -> Preprocessor:
+    bundle = bundles.load(tiny.bundle(str(tmp_path_factory.mktemp("tray") / "b"), missing=True))
+    return bundle.build_preprocessor()
+
+
+def samples(first: int, count: int) -> list[Sample]:
+    """The second of them without a picture."""
+    pictures = [None if i == 1 else tiny.jpeg(first + i) for i in range(count)]
+    return [Sample("s", i, "", p, tiny.caption(first + i)) for i, p in enumerate(pictures)]
+
+
+def test_a_child_puts_pixels_into_its_tray_and_sends_the_rest(preprocessor: Preprocessor) -> None:
+    tray = Tray(preprocessor.cfg.image.size, ROWS)
+    guard = Guard(tray.filled_by(preprocessor), 30)
+    try:
+        for first in (0, 10, 20):  # 3 of 4 slots each time, so that they go round
+            asked = samples(first, ROWS)
+            outcomes = guard.outcomes(asked)
+            assert [isinstance(outcome, Filled) for outcome in outcomes] == [
+                True,
+                False,
+                True,
+                True,
+            ]
+            assert all(outcome.row.pixels is None for outcome in outcomes[2:])
+            found = [tray.taken(outcome) for outcome in outcomes]
+            expect_same(found, [preprocessor.prepare(sample) for sample in asked])
+        kept, (other,) = found, guard.outcomes(samples(30, 1))
+        tray.taken(other)
+        expect_same(kept, [preprocessor.prepare(sample) for sample in asked])
+        broken = guard.prepare(Sample("s", 0, "", b"no picture", "a caption"))
+        assert isinstance(broken, BadRow) and tray.taken(broken) is broken
+    finally:
+        guard._end(0)
+
+
+def test_pixels_that_no_tray_can_be_had_for_are_sent(
+    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sample,) = samples(0, 1)
+    fills = Tray(preprocessor.cfg.image.size, ROWS).filled_by(preprocessor)  # its tray is gone
+    expect_same([fills.prepare(sample)], [preprocessor.prepare(sample)])
+    monkeypatch.delattr(os, "memfd_create")
+    tray = Tray(preprocessor.cfg.image.size, ROWS)
+    assert tray.filled_by(preprocessor) is preprocessor
+    expect_same([tray.taken(preprocessor.prepare(sample))], [preprocessor.prepare(sample)])
 
 
 def test_what_is_not_the_senders_memory_is_not_opened(tmp_path: Path) -> None:

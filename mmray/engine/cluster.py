@@ -84,16 +84,14 @@ class Resources:
 def connect(
     *,
     num_cpus: int | None = None,
-    log_to_driver: bool = False,
     metrics_port: int | None = None,
 ) -> Resources:
     """Join or start Ray, once in a process, and say what there is to work with.
 
     ``num_cpus`` limits a Ray that is started here; a cluster that is joined has its own.
-    ``log_to_driver`` shows what workers print. ``metrics_port`` is where Prometheus finds the
-    figures of a Ray that is started here, on every interface; it has none otherwise. Raises
-    MmrayError when the cluster cannot be joined, ConfigError for a ``metrics_port`` that is taken
-    or is asked of a cluster.
+    ``metrics_port`` is where Prometheus finds the figures of a Ray that is started here, on every
+    interface; it has none otherwise. Raises MmrayError when the cluster cannot be joined,
+    ConfigError for a ``metrics_port`` that is taken or is asked of a cluster.
     """
     if not ray.is_initialized():
         address = _find_cluster()
@@ -103,9 +101,9 @@ def connect(
                 "start --metrics-export-port`; leave it out"
             )
         if address:
-            _join(address, log_to_driver)
+            _join(address)
         else:
-            _start(num_cpus, log_to_driver, metrics_port)
+            _start(num_cpus, metrics_port)
         logging.getLogger("ray").setLevel(logging.WARNING)
     _quiet_data()
     return resources()
@@ -127,8 +125,13 @@ def resources() -> Resources:
 
 def is_own() -> bool:
     """Whether the Ray that is connected was started here, and ends with this process."""
-    node = worker.global_worker.node
+    node = _node()
     return node is not None and bool(node.is_head())
+
+
+def _node() -> Any:
+    """What Ray has started here; None where it was joined."""
+    return worker.global_worker.node
 
 
 def _limit(resource: str) -> int:
@@ -187,7 +190,7 @@ def disconnect() -> None:
 
 def _workers() -> list[psutil.Process]:
     """What the raylet has started, of a Ray that was started here."""
-    node = worker.global_worker.node
+    node = _node()
     raylets = [] if node is None else node.all_processes.get("raylet", [])
     found: list[psutil.Process] = []
     for raylet in raylets:
@@ -199,7 +202,7 @@ def _workers() -> list[psutil.Process]:
 # --- starting ------------------------------------------------------------------------------------
 
 
-def _start(num_cpus: int | None, log_to_driver: bool, metrics_port: int | None) -> None:
+def _start(num_cpus: int | None, metrics_port: int | None) -> None:
     """Start Ray here; its workers inherit this process's environment and import path."""
     if metrics_port is None:
         for name, value in UNWATCHED.items():
@@ -214,11 +217,13 @@ def _start(num_cpus: int | None, log_to_driver: bool, metrics_port: int | None) 
                 address="local",
                 num_cpus=num_cpus,
                 include_dashboard=False,
-                log_to_driver=log_to_driver,
+                log_to_driver=False,
                 logging_level=logging.ERROR,  # not its note that the cluster has a token
                 _metrics_export_port=metrics_port,
             )
             atexit.register(disconnect)
+            # It looks for new lines ten times a second, to tell a driver that does not listen.
+            _node().kill_log_monitor(check_alive=False)
             return
         except OSError as error:
             raise MmrayError(
@@ -283,7 +288,7 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _join(address: str, log_to_driver: bool) -> None:
+def _join(address: str) -> None:
     # A job may have been submitted with some of these variables; what this command says wins.
     os.environ["RAY_OVERRIDE_JOB_RUNTIME_ENV"] = "1"
     # Asked for a cluster that it finds itself, Ray also finds the token.
@@ -291,7 +296,7 @@ def _join(address: str, log_to_driver: bool) -> None:
     try:
         ray.init(
             address=None if found else address,
-            log_to_driver=log_to_driver,
+            log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env=_runtime_env(),
         )

@@ -16,6 +16,7 @@ from mmray.preprocess import Prepared
 from mmray.serving import card
 from mmray.serving.lane import Lane
 from mmray.serving.settings import ServeConfig
+from mmray.serving.shared import Tray
 
 ROWS = 4  # that a child is given in one go, when so many wait
 SPARES = 1  # children that stand by: starting one takes seconds
@@ -28,19 +29,21 @@ class Decoders:
 
     def __init__(self, bundle: Bundle, cfg: ServeConfig) -> None:
         preprocessor, count = card.preprocessor_of(bundle, cfg), cfg.decode.processes
-        guards = [Guard(preprocessor, cfg.deadlines.decode_s) for _ in range(count + SPARES)]
-        self._threads = ThreadPoolExecutor(len(guards))
+        size = bundle.preprocess.image.size
+        self._trays = [Tray(size, ROWS) for _ in range(count + SPARES)]
+        self._guards = [
+            Guard(tray.filled_by(preprocessor), cfg.deadlines.decode_s) for tray in self._trays
+        ]
+        self._threads = ThreadPoolExecutor(len(self._guards))
         self._restarts = ThreadPoolExecutor(1)
-        self._guards = guards
         # Of those with a child the first: it has the warmest memory. Without one: the last resort.
         self._idle: queue.PriorityQueue[tuple[bool, int]] = queue.PriorityQueue()
         assert bundle.golden is not None
         samples = golden.inputs(bundle.golden)
         # Each of them starts its child now, before any request.
-        found, *_ = self._threads.map(lambda guard: guard.outcomes(samples), guards)
-        pairs = zip(samples, found, strict=False)  # fewer where one of them ended the child
-        self._sound = next((sample for sample, row in pairs if isinstance(row, Prepared)), None)
-        for i in range(len(guards)):
+        each = range(len(self._guards))
+        self._sound, *_ = self._threads.map(lambda i: self._sound_of(i, samples), each)
+        for i in each:
             self._put_back(i)
         self._lane = Lane(self._given, ROWS, count)
 
@@ -79,13 +82,23 @@ class Decoders:
         wait for another of its kind."""
         _, i = self._idle.get()
         try:
-            found: list[Prepared | BadRow | None] = [*self._guards[i].outcomes(samples)]
+            found = self._outcomes(i, samples)
         finally:
             if self._guards[i].running:
                 self._put_back(i)
             else:
                 self._restarts.submit(self._restart, i)
         return found + [None] * (len(samples) - len(found))
+
+    def _outcomes(self, i: int, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
+        """Of at most ``ROWS`` samples, as many as its tray holds."""
+        return [self._trays[i].taken(outcome) for outcome in self._guards[i].outcomes(samples)]
+
+    def _sound_of(self, i: int, samples: Sequence[Sample]) -> Sample | None:
+        """The first that can be prepared, of samples that are all tried."""
+        tried = [self._outcomes(i, [sample]) for sample in samples]
+        sound = (s for s, (row,) in zip(samples, tried, strict=True) if isinstance(row, Prepared))
+        return next(sound, None)
 
     def _restart(self, i: int) -> None:
         try:

@@ -16,11 +16,12 @@ import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mmray.preprocess import Prepared
+from mmray.archive.rows import Sample
+from mmray.preprocess import Prepared, Preprocessor
 
 R = TypeVar("R")
 
@@ -51,12 +52,7 @@ class Sender:
     """Memory for the pixels of up to ``rows`` rows of ``size`` x ``size``; for one event loop."""
 
     def __init__(self, size: int, rows: int) -> None:
-        self._memory: _Memory | None = None
-        if hasattr(os, "memfd_create"):
-            try:
-                self._memory = _Memory((size, size, 3), rows)
-            except OSError as error:  # a sandbox may forbid it
-                log.info("pixels are sent: no memory to share: %s", error)
+        self._memory = _memory(size, rows)
 
     async def ask(
         self,
@@ -100,6 +96,68 @@ class Receiver:
         ]
 
 
+class Tray:
+    """Memory that a child puts the pixels into that it prepares; up to ``rows`` rows are in work
+    between two that are taken out."""
+
+    def __init__(self, size: int, rows: int) -> None:
+        self._memory = _memory(size, rows)
+
+    def filled_by(self, preprocessor: Preprocessor) -> Preprocessor | Fills:
+        """What the child is to prepare with, in place of ``preprocessor``."""
+        if self._memory is None:
+            return preprocessor
+        return Fills(preprocessor, self._memory.where(()))
+
+    def taken(self, outcome: Any) -> Any:
+        """What the child prepared, with its pixels, which are the caller's; of anything else, that
+        itself."""
+        if not isinstance(outcome, Filled):
+            return outcome
+        assert self._memory is not None
+        return replace(
+            outcome.row, pixels=self._memory.slots[outcome.slot].copy().transpose(2, 0, 1)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """A row less its pixels, and the slot of the tray that they lie in."""
+
+    row: Prepared
+    slot: int
+
+
+class Fills:
+    """A Preprocessor in the child of whoever has the tray at ``where``."""
+
+    def __init__(self, preprocessor: Preprocessor, where: Where) -> None:
+        self._preprocessor, self._where = preprocessor, where
+        self._slots: np.ndarray | None = None
+        self._next = 0
+
+    def prepare(self, sample: Sample) -> Prepared | Filled:
+        """As Preprocessor.prepare. A tray that cannot be seen is not filled."""
+        row = self._preprocessor.prepare(sample)
+        if self._slots is None:
+            self._slots = _mapped(self._where, to_write=True)
+        if self._slots is None or row.pixels is None:
+            return row
+        slot, self._next = self._next, (self._next + 1) % len(self._slots)
+        self._slots[slot] = row.pixels.transpose(1, 2, 0)
+        return Filled(replace(row, pixels=None), slot)
+
+
+def _memory(size: int, rows: int) -> _Memory | None:
+    """For the pixels of ``rows`` rows; None where there is none to share."""
+    if hasattr(os, "memfd_create"):
+        try:
+            return _Memory((size, size, 3), rows)
+        except OSError as error:  # a sandbox may forbid it
+            log.info("pixels are sent: no memory to share: %s", error)
+    return None
+
+
 class _Memory:
     def __init__(self, shape: tuple[int, ...], rows: int) -> None:
         self._file = os.memfd_create(NAME)
@@ -109,11 +167,14 @@ class _Memory:
         os.ftruncate(self._file, size)
         memory = mmap.mmap(self._file, size)
         memory[:KEY_BYTES] = self._key
-        self._slots = np.frombuffer(memory, np.uint8, offset=KEY_BYTES).reshape(rows, *shape)
+        self.slots = np.frombuffer(memory, np.uint8, offset=KEY_BYTES).reshape(rows, *shape)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):  # else there was none to be had
             os.close(self._file)
+
+    def where(self, slots: Sequence[int | None]) -> Where:
+        return Where(os.getpid(), self._file, self._key, self._shape, tuple(slots))
 
     @contextlib.contextmanager
     def holding(self, prepared: Sequence[Prepared]) -> Iterator[tuple[list[Prepared], Where]]:
@@ -124,25 +185,26 @@ class _Memory:
             slot = self._free.pop() if self._free and row.pixels is not None else None
             if slot is not None:
                 assert row.pixels is not None
-                self._slots[slot] = row.pixels.transpose(1, 2, 0)
+                self.slots[slot] = row.pixels.transpose(1, 2, 0)
                 row = replace(row, pixels=None)
             left.append(row)
             slots.append(slot)
         try:
-            yield left, Where(os.getpid(), self._file, self._key, self._shape, tuple(slots))
+            yield left, self.where(slots)
         finally:
             self._free += [slot for slot in slots if slot is not None]
 
 
-def _mapped(where: Where) -> np.ndarray | None:
-    """A sender's slots, read only. On another machine there may be another process of that number,
-    whose files are not touched."""
+def _mapped(where: Where, *, to_write: bool = False) -> np.ndarray | None:
+    """The slots of another process's memory; None where it cannot be seen. On another machine there
+    may be another process of that number, whose files are not touched."""
     path = f"/proc/{where.pid}/fd/{where.file}"
     try:
         if not os.readlink(path).startswith(f"/memfd:{NAME} "):
             return None
-        with open(path, "rb") as file:
-            memory = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        with open(path, "r+b" if to_write else "rb") as file:
+            access = mmap.ACCESS_WRITE if to_write else mmap.ACCESS_READ
+            memory = mmap.mmap(file.fileno(), 0, access=access)
     except OSError:  # no such process, or not of this user
         return None
     if memory[:KEY_BYTES] != where.key:
