@@ -91,7 +91,8 @@ class Decoders:
         return found + [None] * (len(samples) - len(found))
 
     def _outcomes(self, i: int, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
-        """Of at most ``ROWS`` samples, as many as its tray holds."""
+        """Of at most ``ROWS`` samples, as many as a tray holds; none of those after one that ended
+        the child."""
         return [self._trays[i].taken(outcome) for outcome in self._guards[i].outcomes(samples)]
 
     def _sound_of(self, i: int, samples: Sequence[Sample]) -> Sample | None:

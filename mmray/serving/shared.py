@@ -97,8 +97,8 @@ class Receiver:
 
 
 class Tray:
-    """Memory that a child puts the pixels into that it prepares; up to ``rows`` rows are in work
-    between two that are taken out."""
+    """Memory into which a child puts the pixels that it prepares, for ``rows`` rows: no more may be
+    asked of it before these are taken out."""
 
     def __init__(self, size: int, rows: int) -> None:
         self._memory = _memory(size, rows)
