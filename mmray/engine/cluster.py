@@ -221,10 +221,6 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
                 logging_level=logging.ERROR,  # not its note that the cluster has a token
                 _metrics_export_port=metrics_port,
             )
-            atexit.register(disconnect)
-            # It looks for new lines ten times a second, to tell a driver that does not listen.
-            _node().kill_log_monitor(check_alive=False)
-            return
         except OSError as error:
             raise MmrayError(
                 f"Ray did not start on this machine: {error}; it needs a temporary directory to "
@@ -236,6 +232,11 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
             if attempt == ATTEMPTS or "timed out" not in str(error):
                 raise MmrayError(f"Ray did not start on this machine: {_line(error)}") from error
             log.warning("Ray took too long to start; trying again")
+        else:
+            atexit.register(disconnect)
+            # It looks for new lines ten times a second, to tell a driver that does not listen.
+            _node().kill_log_monitor(check_alive=False)
+            return
 
 
 def _check_free(port: int) -> None:
