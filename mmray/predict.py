@@ -25,6 +25,7 @@ from mmray.labels import joined
 from mmray.learn import autocast, collate, resolve_precision
 from mmray.memory import keep_freed_memory
 from mmray.model import int8
+from mmray.model.fuse import fuse
 from mmray.model.speed import for_inference
 from mmray.objective import probabilities
 from mmray.preprocess import Prepared, fault
@@ -99,6 +100,7 @@ class Predictor:
         self._model = for_inference(bundle.build_model(), bf16=bf16, ranges=ranges).to(self.device)
         self._model.to(memory_format=torch.channels_last)
         if on_cpu:
+            fuse(self._model, bf16=bf16)
             keep_freed_memory()
         self._blank = _blank(bundle)
         if not on_cpu:

@@ -75,7 +75,7 @@ from mmray.model.int8 import Int8Conv2d
 conv = nn.Conv2d(256, 1024, 1).requires_grad_(False)  # of ResNet-50
 made = Int8Conv2d(conv, (0.0, 1.0), 0, torch.bfloat16)
 x = torch.rand(16, 256, 14, 14).to(memory_format=torch.channels_last)
-made(x[:8])
+made(x[:8]), made(x[:1])
 with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
     for rows in (1, 3, 8, 16):
         made(x[:rows])

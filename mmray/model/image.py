@@ -51,9 +51,9 @@ class ImageEncoder(Encoder):
 
     net: nn.Module
 
-    def __init__(self, normalize: str) -> None:
+    def __init__(self, normalize: str | Normalize) -> None:
         super().__init__()
-        self.normalize = Normalize(normalize)
+        self.normalize = normalize if isinstance(normalize, Normalize) else Normalize(normalize)
 
     def forward(self, pixels_BCHW: Tensor) -> Features:
         alone = self.training and len(pixels_BCHW) == 1
@@ -145,7 +145,7 @@ def _swin(net: Any, x_BCHW: Tensor) -> Features:
 
 def _vit(net: Any, x_BCHW: Tensor) -> Features:
     x_BPD = net._process_input(x_BCHW)
-    x_BPD = net.encoder(torch.cat([net.class_token.expand(len(x_BPD), -1, -1), x_BPD], dim=1))
+    x_BPD = net.encoder(torch.cat([net.class_token.expand(x_BPD.shape[0], -1, -1), x_BPD], dim=1))
     return Features(x_BPD[:, 0], x_BPD[:, 1:])
 
 

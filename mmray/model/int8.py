@@ -12,20 +12,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from threading import Lock
 
 import torch
 from torch import Tensor, fx, nn
 
 from mmray.config import Range
 from mmray.errors import BundleError
+from mmray.model.packed import PackedConv2d, is_plain
 
 #: Multiplications that every value going in takes part in, from which on more time is won than
 #: rounding the values takes; 3 x 3 to 64 channels are 576, 1 x 1 to 64 channels 64.
 WORTH = 256
 LEVELS = 255
 FLOAT_INTEGERS = 2.0**23  # float32 from here on have no fraction: adding it rounds
-_PACKING = Lock()
 
 
 def supported() -> bool:
@@ -39,10 +38,7 @@ def eligible(net: nn.Module) -> dict[str, nn.Conv2d]:
     return {
         name: module
         for name, module in net.named_modules()
-        if type(module) is nn.Conv2d
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
+        if type(module) is nn.Conv2d and module.groups == 1 and is_plain(module)
     }
 
 
@@ -96,50 +92,46 @@ def quantize(net: nn.Module, ranges: Mapping[str, Range], dtype: torch.dtype) ->
         net.set_submodule(name, Int8Conv2d(module, ranges[name], most, dtype))
 
 
-class Int8Conv2d(nn.Module):
-    """``forward(x)``: float or, as another Int8Conv2d made it, uint8 [B, C, H, W] -> ``dtype``, or
-    uint8 for the next one, which takes 0 to ``most``, ReLU included; 0: there is none."""
+class Int8Conv2d(PackedConv2d):
+    """Takes float or, as another Int8Conv2d made it, uint8; gives ``dtype``, or uint8 for the next
+    one, which takes 0 to ``most``, ReLU included; 0: there is none."""
 
     def __init__(self, conv: nn.Conv2d, taken: Range, most: float, dtype: torch.dtype) -> None:
-        super().__init__()
+        super().__init__(conv)
         weight_OCHW = conv.weight.detach().float()
         scales_O = weight_OCHW.abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
         rounded_OCHW = (weight_OCHW / scales_O.view(-1, 1, 1, 1)).round().to(torch.int8)
         self.scale, self.zero = _grid(taken)
         self.out_scale = _grid((0.0, most))[0] if most else 1.0
         self.dtype = torch.uint8 if most else dtype
-        self.stride, self.padding, self.dilation = conv.stride, conv.padding, conv.dilation
+        self.register_buffer("rounded", rounded_OCHW, persistent=False)
         self.register_buffer("scales", scales_O, persistent=False)
         self.register_buffer(
             "zeros", torch.zeros_like(scales_O, dtype=torch.int64), persistent=False
         )
         self.bias = None if conv.bias is None else nn.Parameter(conv.bias.float(), False)
-        # No buffers, which .to() would take for tensors like others.
-        self.rounded: Tensor | None = rounded_OCHW
-        self.packed: Tensor | None = None
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, added_BOHW: Tensor | None = None) -> Tensor:
         if x_BCHW.dtype != torch.uint8:
             x_BCHW = rounded(x_BCHW, self.scale, self.zero)
-        packed = self._pack(x_BCHW.shape) if self.packed is None else self.packed
-        out_BOHW: Tensor = torch.ops.onednn.qconv_pointwise(
-            x_BCHW, self.scale, self.zero, packed, self.scales, self.zeros, self.bias,
-            self.stride, self.padding, self.dilation, 1,
-            self.out_scale, 0, self.dtype, "none", [], "",
-        )  # fmt: skip
+        weight = self.packed(x_BCHW.shape)
+        given = x_BCHW, self.scale, self.zero, weight, self.scales, self.zeros
+        how = self.bias, self.stride, self.padding, self.dilation, 1, self.out_scale, 0, self.dtype
+        out_BOHW: Tensor
+        if added_BOHW is None:
+            out_BOHW = torch.ops.onednn.qconv_pointwise(*given, *how, *self.activation, "")
+        else:
+            out_BOHW = torch.ops.onednn.qconv2d_pointwise.binary(
+                *given, added_BOHW, *how, 1.0, 0, "sum", 1.0, *self.activation, ""
+            )
         return out_BOHW
 
-    def _pack(self, shape: torch.Size) -> Tensor:
-        """The weights as oneDNN wants them for such an input. Packed for none in particular, many
-        are laid out anew in every call; of ResNet-50's that took 150 ms."""
-        with _PACKING:
-            if self.packed is None:
-                self.packed = torch.ops.onednn.qconv_prepack(
-                    self.rounded, self.scales, self.scale, self.zero,
-                    self.stride, self.padding, self.dilation, 1, list(shape),
-                )  # fmt: skip
-                self.rounded = None
-            return self.packed
+    def _pack(self, shape: list[int]) -> Tensor:
+        packed: Tensor = torch.ops.onednn.qconv_prepack(
+            self.rounded, self.scales, self.scale, self.zero,
+            self.stride, self.padding, self.dilation, 1, shape,
+        )  # fmt: skip
+        return packed
 
 
 def rounded(x: Tensor, scale: float, zero: int) -> Tensor:
