@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d
 from torchvision import models
 
 from mmray.model import int8
+from mmray.model.packed import RELU
 from mmray.model.speed import fold_batch_norms
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def test_it_is_the_convolution_of_rounded_inputs_and_weights(
 ) -> None:
     conv = convolution(stride, kernel)
     x = torch.randn(3, 16, 13, 11).clamp(taken[0], 4.0)  # beyond 3 it saturates
-    found = int8.Int8Conv2d(conv, taken, 0, torch.float32)(x)
+    found = int8.Int8Conv2d(conv, taken, torch.float32)(x)
     torch.testing.assert_close(found, in_floats(conv, x, taken), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(found, conv(x), rtol=1e-4, atol=1e-4)
 
@@ -50,21 +51,38 @@ def test_it_is_the_convolution_of_rounded_inputs_and_weights(
 def test_what_another_one_reads_is_rounded_once_with_relu_in_it() -> None:
     conv = convolution()
     x = torch.rand(2, 16, 9, 9)
-    found = int8.Int8Conv2d(conv, (0.0, 1.0), 2.0, torch.float32)(x)
+    made = int8.Int8Conv2d(conv, (0.0, 1.0), torch.float32)
+    made.activation, made.dtype, made.out_scale = RELU, torch.uint8, 2.0 / 255
+    found = made(x)
     expected = in_floats(conv, x, (0.0, 1.0)).relu().div(2.0 / 255).round().clamp(max=255)
     assert found.dtype == torch.uint8
     assert (found.float() - expected).abs().max() <= 1  # a tie may go either way
     assert (found.float() != expected).float().mean() < 0.01
     next_one = int8.Int8Conv2d(
-        nn.Conv2d(40, 16, 3).requires_grad_(False), (0.0, 2.0), 0, torch.float32
+        nn.Conv2d(40, 16, 3).requires_grad_(False), (0.0, 2.0), torch.float32
     )
     torch.testing.assert_close(next_one(found), next_one(found.float() * (2.0 / 255)))
 
 
-def test_rounding_takes_the_nearest_and_saturates() -> None:
-    x = torch.tensor([-9.0, -0.5, 0.0, 0.24, 0.26, 1.0, 999.0], dtype=torch.bfloat16)
-    assert int8.rounded(x, 0.5, 1).tolist() == [0, 0, 1, 1, 2, 3, 255]
-    assert x[0] == -9.0, "what it was given stays"
+@pytest.mark.parametrize("rounded", [False, True], ids=["floats", "8 bits"])
+def test_a_shortcut_is_added_before_relu(rounded: bool) -> None:
+    conv = convolution()
+    x, added = torch.rand(2, 16, 9, 9), torch.rand(2, 40, 9, 9) * 3
+    added = added.contiguous(memory_format=torch.channels_last)
+    made = int8.Int8Conv2d(conv, (0.0, 1.0), torch.float32)
+    made.activation = RELU
+    given = added.clone()
+    if rounded:
+        made.dtype, made.added_scale, made.out_scale = torch.uint8, 3.0 / 255, 4.0 / 255
+        given = int8.Rounded(3.0 / 255)(added)
+        added = int8.Floats(3.0 / 255, torch.float32)(given)
+    expected = (in_floats(conv, x, (0.0, 1.0)) + added).relu()
+    found = made(x, given)
+    if rounded:
+        off = found.float() * (4.0 / 255) - expected.clamp(max=4.0)
+        assert off.abs().max() <= 0.51 * 4.0 / 255
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 LAID_OUT = """
@@ -73,7 +91,7 @@ from torch import nn
 from mmray.model.int8 import Int8Conv2d
 
 conv = nn.Conv2d(256, 1024, 1).requires_grad_(False)  # of ResNet-50
-made = Int8Conv2d(conv, (0.0, 1.0), 0, torch.bfloat16)
+made = Int8Conv2d(conv, (0.0, 1.0), torch.bfloat16)
 x = torch.rand(16, 256, 14, 14).to(memory_format=torch.channels_last)
 made(x[:8]), made(x[:1])
 with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
@@ -120,9 +138,7 @@ def test_a_network_stays_what_it_was_and_no_row_depends_on_the_others() -> None:
     assert len(ranges) == 17 and all(low <= 0 <= high for low, high in ranges.values())
     int8.quantize(net, ranges, torch.float32)
     made = [m for m in net.modules() if isinstance(m, int8.Int8Conv2d)]
-    assert len(made) == 17 and sum(m.dtype == torch.uint8 for m in made) == 8, (
-        "the first of every two"
-    )
+    assert len(made) == 17
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
 
     def see(module: nn.Module, given: tuple[Tensor], gave: Tensor) -> None:

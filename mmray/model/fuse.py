@@ -1,5 +1,6 @@
-"""An image encoder as a graph of calls, with fewer of them: convolutions, on a CPU, take over the
-activation and the addition that come after them (see ``packed``)."""
+"""An image encoder as a graph of calls, with fewer of them: on a CPU, convolutions take over the
+activation and the addition that come after them (see ``packed``), and what convolutions in 8 bits
+read comes to them in 8 bits (see ``int8``)."""
 
 from __future__ import annotations
 
@@ -12,18 +13,11 @@ from torch import Tensor, fx, nn
 from mmray.model.features import Features
 from mmray.model.fusion_model import FusionModel
 from mmray.model.image import ImageEncoder
-from mmray.model.packed import (
-    NOTHING,
-    RELU,
-    Activation,
-    FusedConv2d,
-    PackedConv2d,
-    is_plain,
-    supported,
-)
+from mmray.model.int8_graph import keep_rounded
+from mmray.model.packed import NOTHING, Activation, FusedConv2d, PackedConv2d, is_plain, supported
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: RELU,
+    nn.ReLU: ("relu", []),
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
     nn.Hardswish: ("hardswish", []),
     nn.Hardsigmoid: ("hardsigmoid", []),
@@ -57,9 +51,9 @@ class _Tracer(fx.Tracer):
 
 
 def fuse(model: FusionModel, *, bf16: bool = False) -> None:
-    """Make the picture encoder of ``model`` faster where it scores on a CPU, in place; scores
-    change by float rounding alone. ``bf16``: it runs under bfloat16 autocast. It has been through
-    ``speed.for_inference``, and is not trained after.
+    """Make the picture encoder of ``model`` faster where it scores on a CPU, in place. ``bf16``: it
+    runs under bfloat16 autocast. It has been through ``speed.for_inference``, and is not trained
+    after. Scores change by float rounding; in 8 bits also by that of the shortcuts.
 
     Nothing happens where torch has no oneDNN for it, or torch.fx cannot tell the order of calls.
     """
@@ -77,11 +71,16 @@ def fused(encoder: ImageEncoder) -> ImageEncoder:
     except (fx.proxy.TraceError, TypeError):
         return encoder
     modules = dict(encoder.named_modules())
+    for node in list(graph.nodes):
+        if _does_nothing(_module(node, modules)):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
         conv = _module(node, modules)
         if isinstance(conv, PackedConv2d) and calls[str(node.target)] == 1:
             _fuse(graph, node, conv, modules)
+    keep_rounded(graph, encoder)
     return FusedEncoder(encoder, graph)
 
 
@@ -103,16 +102,16 @@ def _fuse(graph: fx.Graph, node: fx.Node, conv: PackedConv2d, modules: Modules) 
         (after,) = chain[-1].users
         module = _module(after, modules)
         if module is not None and type(module) in ACTIVATIONS:
-            activation = ACTIVATIONS[type(module)]
-            if activation != RELU and not (isinstance(conv, FusedConv2d) and added is None):
-                break  # neither after an addition nor in 8 bits
-            conv.activation = activation
+            name, numbers = ACTIVATIONS[type(module)]
+            if name not in (conv.ACTIVATIONS if added is None else ("relu",)):
+                break
+            conv.activation = name, numbers
         elif after.target is operator.add and added is None:
             others = [arg for arg in after.args if arg is not chain[-1]]
             if len(others) != 1 or not isinstance(others[0], fx.Node):
                 break  # to itself, or a number
             added = others[0]
-        elif not _does_nothing(module):
+        else:
             break
         chain.append(after)
     with graph.inserting_before(chain[-1]):

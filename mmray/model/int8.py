@@ -1,20 +1,20 @@
 """Convolutions in 8-bit integers, on CPUs that multiply those twice as fast as bfloat16.
 
 As in Jacob et al. 2018 (arXiv:1712.05877): weights are rounded by output channel, what goes in by
-the range that was seen before (``observed``), beyond which it saturates; sums are exact. Everything
-else stays in the precision it has.
+the range that was seen before (``observed``), beyond which it saturates; sums are exact. What other
+layers compute stays in the precision it has; between two convolutions in 8 bits values stay in 8
+bits (``int8_graph``).
 
 Shapes: B rows, C channels in, O out, H x W pixels.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from mmray.config import Range
 from mmray.errors import BundleError
@@ -24,6 +24,7 @@ from mmray.model.packed import PackedConv2d, is_plain
 #: rounding the values takes; 3 x 3 to 64 channels are 576, 1 x 1 to 64 channels 64.
 WORTH = 256
 LEVELS = 255
+SCRATCH = 250_000  # floats that a core's cache holds beside what they are made of
 FLOAT_INTEGERS = 2.0**23  # float32 from here on have no fraction: adding it rounds
 
 
@@ -77,33 +78,32 @@ def quantize(net: nn.Module, ranges: Mapping[str, Range], dtype: torch.dtype) ->
     """Put ``Int8Conv2d`` in the place of the convolutions ``ranges`` names, in place. ``dtype`` is
     what all else computes in: float32 or bfloat16.
 
-    Batch norms are folded by then (``speed.fold_batch_norms``); a convolution that only another one
-    reads, through ReLU, gives 8 bits itself. Raises BundleError for a name that is none of
-    ``eligible``.
+    Batch norms are folded by then (``speed.fold_batch_norms``). Raises BundleError for a name that
+    is none of ``eligible``.
     """
     found = eligible(net)
     if strange := sorted(ranges.keys() - found.keys()):
         raise BundleError(f"ranges of {strange[0]!r}, which is no convolution that has 8 bits")
-    named = {name: found[name] for name in ranges}
-    reads = _readers(net, named)
-    for name, module in named.items():
-        low, high = ranges[reads[name]] if name in reads else (0.0, 0.0)
-        most = high if low == 0 else 0.0  # ReLU gives nothing below 0
-        net.set_submodule(name, Int8Conv2d(module, ranges[name], most, dtype))
+    for name, taken in ranges.items():
+        net.set_submodule(name, Int8Conv2d(found[name], taken, dtype))
 
 
 class Int8Conv2d(PackedConv2d):
-    """Takes float or, as another Int8Conv2d made it, uint8; gives ``dtype``, or uint8 for the next
-    one, which takes 0 to ``most``, ReLU included; 0: there is none."""
+    """Takes floats, which it rounds, or what ``Rounded`` makes of them; gives ``dtype``.
 
-    def __init__(self, conv: nn.Conv2d, taken: Range, most: float, dtype: torch.dtype) -> None:
+    With ``dtype`` uint8 it gives what ``Rounded(out_scale)`` would, and takes ``added`` as such
+    in steps of ``added_scale``.
+    """
+
+    ACTIVATIONS = frozenset({"relu", "hardtanh", "hardswish", "swish"})
+
+    def __init__(self, conv: nn.Conv2d, taken: Range, dtype: torch.dtype) -> None:
         super().__init__(conv)
         weight_OCHW = conv.weight.detach().float()
         scales_O = weight_OCHW.abs().amax((1, 2, 3)).clamp_min(1e-12) / 127
         rounded_OCHW = (weight_OCHW / scales_O.view(-1, 1, 1, 1)).round().to(torch.int8)
         self.scale, self.zero = _grid(taken)
-        self.out_scale = _grid((0.0, most))[0] if most else 1.0
-        self.dtype = torch.uint8 if most else dtype
+        self.dtype, self.out_scale, self.added_scale = dtype, 1.0, 1.0
         self.register_buffer("rounded", rounded_OCHW, persistent=False)
         self.register_buffer("scales", scales_O, persistent=False)
         self.register_buffer(
@@ -121,8 +121,9 @@ class Int8Conv2d(PackedConv2d):
         if added_BOHW is None:
             out_BOHW = torch.ops.onednn.qconv_pointwise(*given, *how, *self.activation, "")
         else:
+            sums = added_BOHW, *how, self.added_scale, 0, "sum", 1.0
             out_BOHW = torch.ops.onednn.qconv2d_pointwise.binary(
-                *given, added_BOHW, *how, 1.0, 0, "sum", 1.0, *self.activation, ""
+                *given, *sums, *self.activation, ""
             )
         return out_BOHW
 
@@ -134,10 +135,39 @@ class Int8Conv2d(PackedConv2d):
         return packed
 
 
-def rounded(x: Tensor, scale: float, zero: int) -> Tensor:
-    """``x / scale + zero`` as uint8: the nearest of 0..255."""
-    y = x.to(torch.float32, copy=True).mul_(1 / scale).clamp_(-zero, LEVELS - zero)
-    return y.add_(FLOAT_INTEGERS + zero).view(torch.int32).to(torch.uint8)
+class Rounded(nn.Module):
+    """Floats of 0 and more -> the nearest of 255 steps of ``scale`` and 0, uint8."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rounded(x, self.scale, 0)
+
+
+class Floats(nn.Module):
+    """What ``Rounded(scale)`` has made -> ``dtype``."""
+
+    def __init__(self, scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scale, self.dtype = scale, dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).mul_(self.scale)
+
+
+def rounded(x_BCHW: Tensor, scale: float, zero: int) -> Tensor:
+    """``x / scale + zero`` as uint8: the nearest of 0..255. ``x``: float, channels last."""
+    out_BCHW = torch.empty_like(x_BCHW, dtype=torch.uint8)
+    rows = max(1, SCRATCH // x_BCHW[0].numel())
+    scratch = torch.empty_like(x_BCHW[:rows], dtype=torch.float32)
+    for start in range(0, len(x_BCHW), rows):
+        part = slice(start, start + rows)
+        y = scratch[: len(x_BCHW[part])].copy_(x_BCHW[part])
+        y.mul_(1 / scale).clamp_(-zero, LEVELS - zero).add_(FLOAT_INTEGERS + zero)
+        out_BCHW[part].copy_(y.view(torch.int32))
+    return out_BCHW
 
 
 def _grid(taken: Range) -> tuple[float, int]:
@@ -145,35 +175,3 @@ def _grid(taken: Range) -> tuple[float, int]:
     low, high = taken
     scale = max(high - low, 1e-6) / LEVELS
     return scale, round(-low / scale)
-
-
-def _readers(net: nn.Module, named: Mapping[str, nn.Conv2d]) -> dict[str, str]:
-    """Of the convolutions ``named`` those that one other alone reads, through ReLU: by whom."""
-    try:
-        graph = fx.Tracer().trace(net)
-    except (fx.proxy.TraceError, TypeError):
-        return {}
-    modules = dict(net.named_modules())
-    calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    found: dict[str, str] = {}
-    for node in graph.nodes:
-        name = str(node.target)
-        if name in named and calls[name] == 1:
-            reader = _through_relu(node, modules)
-            if reader is not None and reader in named and calls[reader] == 1:
-                found[name] = reader
-    return found
-
-
-def _through_relu(node: fx.Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """Who alone reads ``node``, if it goes through ReLU, and nothing else that matters."""
-    kept = False
-    while len(node.users) == 1:
-        (node,) = node.users
-        module = modules[str(node.target)] if node.op == "call_module" else None
-        if isinstance(module, nn.Conv2d):
-            return str(node.target) if kept else None
-        if not isinstance(module, (nn.Identity, nn.ReLU)):
-            return None
-        kept |= isinstance(module, nn.ReLU)
-    return None

@@ -32,7 +32,9 @@ def is_plain(conv: nn.Conv2d) -> bool:
 class PackedConv2d(nn.Module):
     """``forward(x, added)``: [B, C, H, W] and, of the result's shape and dtype, what is added to it
     -> ``activation(conv(x) + added)``. ``added`` is overwritten; with it, the activation is ReLU or
-    nothing."""
+    nothing, else one of ``ACTIVATIONS``, by name."""
+
+    ACTIVATIONS: frozenset[str]
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
@@ -57,6 +59,8 @@ class PackedConv2d(nn.Module):
 
 class FusedConv2d(PackedConv2d):
     """A convolution in the dtype of its weights, float32 or bfloat16."""
+
+    ACTIVATIONS = frozenset({"relu", "hardtanh", "hardswish", "hardsigmoid", "swish", "sigmoid"})
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__(conv)

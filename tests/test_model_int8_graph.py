@@ -1,0 +1,64 @@
+"""Without these, values that stay in 8 bits could be others than the convolutions around expect."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mmray.config import ImageModel
+from mmray.model import image, int8, packed
+from mmray.model.fuse import fused
+from mmray.model.image import ImageEncoder
+from mmray.model.int8 import Int8Conv2d, Rounded
+from mmray.model.speed import fold_batch_norms
+
+pytestmark = pytest.mark.skipif(
+    not (int8.supported() and packed.supported()),
+    reason="this CPU does not multiply 8-bit integers",
+)
+
+
+def encoder(name: str) -> tuple[ImageEncoder, Tensor]:
+    """With batch norms that fit these pixels, folded; and the pixels."""
+    torch.manual_seed(0)
+    made = image.build(ImageModel(encoder=name), image_size=64)
+    pixels = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    for module in made.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        made.train()(pixels)
+    fold_batch_norms(made.eval().requires_grad_(False).net)
+    return made, pixels
+
+
+def of_kind(net: nn.Module, kind: type) -> list[nn.Module]:
+    return [module for module in net.modules() if isinstance(module, kind)]
+
+
+#: Encoder -> how many of its convolutions in 8 bits give them too, and what is rounded by itself:
+#: what comes out of the pool, and of blocks that end in floats as their shortcut does, or for a
+#: convolution too small to be worth it.
+EIGHTS = {"resnet18": (12, 4), "resnet50": (31, 11)}
+
+
+@pytest.mark.parametrize("name", EIGHTS)
+def test_values_stay_in_8_bits_and_little_is_lost_by_it(name: str) -> None:
+    plain, pixels = encoder(name)
+    with torch.inference_mode():
+        with int8.observed(plain.net) as ranges:
+            exact = plain(pixels).pooled
+        int8.quantize(plain.net, ranges, torch.float32)
+        alone = plain(pixels).pooled
+        made = fused(plain)
+        found = made(pixels).pooled
+        by_row = torch.cat([made(row).pooled for row in pixels.split(1)])
+        again = made(pixels.flip(0)).pooled.flip(0)
+    eights = [m for m in of_kind(made.net, Int8Conv2d) if m.dtype == torch.uint8]
+    assert (len(eights), len(of_kind(made.net, Rounded))) == EIGHTS[name]
+    off = (alone - exact).norm()  # much, of a network that was never trained
+    assert 0 < (found - alone).norm() < off
+    assert (found - exact).norm() < 1.2 * off
+    assert torch.equal(again, found)
+    assert (by_row - found).norm() < 0.2 * off
