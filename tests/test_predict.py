@@ -335,6 +335,13 @@ class TestFaults:
         assert table[rows.ERROR].to_pylist() == [None, "score not finite", None]
         assert table[rows.LABEL][1].as_py() is None
 
+    def test_weights_that_are_no_numbers_score_no_row(self, made: Bundle) -> None:
+        weights = safetensors.torch.load(made.weights)
+        weights["image.net.1.0.weight"].fill_(torch.nan)  # of a convolution
+        broken = replace(made, weights=safetensors.torch.save(weights))
+        table = Predictor(broken, "cpu").score_table([pair(0), pair(1)])
+        assert table[rows.ERROR].to_pylist() == ["score not finite"] * 2
+
     def test_a_broken_device_is_no_rows_fault(self, predictor: Predictor) -> None:
         def fault(pixels: torch.Tensor, run: Callable[[], Any]) -> Any:
             raise RuntimeError("CUDA error: device-side assert triggered")

@@ -1,6 +1,6 @@
 """An image encoder as a graph of calls, with fewer of them: on a CPU, convolutions take over the
-activation and the addition that come after them (see ``packed``), and what convolutions in 8 bits
-read comes to them in 8 bits (see ``int8``)."""
+activation and the addition that come after them (see ``packed``), and what those in 8 bits read
+comes to them in 8 bits (see ``int8_graph``)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,19 @@ from mmray.model.features import Features
 from mmray.model.fusion_model import FusionModel
 from mmray.model.image import ImageEncoder
 from mmray.model.int8_graph import keep_rounded
-from mmray.model.packed import NOTHING, Activation, FusedConv2d, PackedConv2d, is_plain, supported
+from mmray.model.packed import (
+    NOTHING,
+    RELU,
+    Activation,
+    FusedConv2d,
+    PackedConv2d,
+    is_plain,
+    supported,
+)
+from mmray.model.pooling import BitsMaxPool2d
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
-    nn.ReLU: ("relu", []),
+    nn.ReLU: RELU,
     nn.ReLU6: ("hardtanh", [0.0, 6.0]),
     nn.Hardswish: ("hardswish", []),
     nn.Hardsigmoid: ("hardsigmoid", []),
@@ -55,9 +64,12 @@ def fuse(model: FusionModel, *, bf16: bool = False) -> None:
     runs under bfloat16 autocast. It has been through ``speed.for_inference``, and is not trained
     after. Scores change by float rounding; in 8 bits also by that of the shortcuts.
 
-    Nothing happens where torch has no oneDNN for it, or torch.fx cannot tell the order of calls.
+    Nothing happens where torch has no oneDNN for it, or torch.fx cannot tell the order of calls;
+    nor to weights that are no numbers, as oneDNN's ReLU makes 0 of what comes of them.
     """
-    if model.image is not None and supported(bf16=bf16):
+    if model.image is None or not supported(bf16=bf16):
+        return
+    if all(bool(p.isfinite().all()) for p in model.image.parameters()):
         model.image = fused(model.image)
 
 
@@ -77,16 +89,22 @@ def fused(encoder: ImageEncoder) -> ImageEncoder:
             graph.erase_node(node)
     calls = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     for node in list(graph.nodes):
-        conv = _module(node, modules)
-        if isinstance(conv, PackedConv2d) and calls[str(node.target)] == 1:
-            _fuse(graph, node, conv, modules)
+        module = _module(node, modules)
+        if module is None or calls[str(node.target)] > 1:
+            continue
+        if isinstance(module, PackedConv2d):
+            _fuse(graph, node, module, modules)
+        elif type(module) is nn.MaxPool2d and _is_after_relu(node, modules):
+            encoder.set_submodule(str(node.target), BitsMaxPool2d.of(module))
     keep_rounded(graph, encoder)
     return FusedEncoder(encoder, graph)
 
 
-def _module(node: fx.Node, modules: Modules) -> nn.Module | None:
+def _module(node: object, modules: Modules) -> nn.Module | None:
     """What ``node`` calls, if that is a module."""
-    return modules[str(node.target)] if node.op == "call_module" else None
+    if isinstance(node, fx.Node) and node.op == "call_module":
+        return modules[str(node.target)]
+    return None
 
 
 def _does_nothing(module: nn.Module | None) -> bool:
@@ -121,6 +139,11 @@ def _fuse(graph: fx.Graph, node: fx.Node, conv: PackedConv2d, modules: Modules) 
     chain[-1].replace_all_uses_with(call)
     for each in reversed(chain):
         graph.erase_node(each)
+
+
+def _is_after_relu(node: fx.Node, modules: Modules) -> bool:
+    conv = _module(node.args[0], modules)
+    return isinstance(conv, PackedConv2d) and conv.activation == RELU
 
 
 def _is_spent(graph: fx.Graph, value: fx.Node, chain: Sequence[fx.Node], modules: Modules) -> bool:
