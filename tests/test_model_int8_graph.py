@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from encoders import fitted
+from torch import nn
 
-from mmray.config import ImageModel
-from mmray.model import image, int8, packed
+from mmray.model import int8, packed
 from mmray.model.fuse import fused
-from mmray.model.image import ImageEncoder
 from mmray.model.int8 import Int8Conv2d, Rounded
-from mmray.model.speed import fold_batch_norms
 
 pytestmark = pytest.mark.skipif(
     not (int8.supported() and packed.supported()),
     reason="this CPU does not multiply 8-bit integers",
 )
-
-
-def encoder(name: str) -> tuple[ImageEncoder, Tensor]:
-    """With batch norms that fit these pixels, folded; and the pixels."""
-    torch.manual_seed(0)
-    made = image.build(ImageModel(encoder=name), image_size=64)
-    pixels = torch.randint(0, 256, (6, 64, 64, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-    for module in made.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    with torch.no_grad():
-        made.train()(pixels)
-    fold_batch_norms(made.eval().requires_grad_(False).net)
-    return made, pixels
 
 
 def of_kind(net: nn.Module, kind: type) -> list[nn.Module]:
@@ -45,7 +29,7 @@ EIGHTS = {"resnet18": (12, 4), "resnet50": (31, 11)}
 
 @pytest.mark.parametrize("name", EIGHTS)
 def test_values_stay_in_8_bits_and_little_is_lost_by_it(name: str) -> None:
-    plain, pixels = encoder(name)
+    plain, pixels = fitted(name)
     with torch.inference_mode():
         with int8.observed(plain.net) as ranges:
             exact = plain(pixels).pooled

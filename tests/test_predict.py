@@ -31,7 +31,8 @@ from mmray.config import (
 )
 from mmray.errors import BadRow, BundleError, ConfigError, RunError
 from mmray.learn import collate
-from mmray.model import build_model, make_spec
+from mmray.model import build_model, make_spec, packed
+from mmray.model.fuse import FusedEncoder
 from mmray.predict import Predictor, golden_table
 from mmray.preprocess import train_tokenizer
 
@@ -336,6 +337,7 @@ class TestFaults:
         assert table[rows.LABEL][1].as_py() is None
 
     def test_weights_that_are_no_numbers_score_no_row(self, made: Bundle) -> None:
+        assert isinstance(Predictor(made, "cpu")._model.image, FusedEncoder) == packed.supported()
         weights = safetensors.torch.load(made.weights)
         weights["image.net.1.0.weight"].fill_(torch.nan)  # of a convolution
         broken = replace(made, weights=safetensors.torch.save(weights))

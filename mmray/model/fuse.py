@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from itertools import chain
+from typing import cast
 
 from torch import Tensor, fx, nn
 
+from mmray.model import pooling
 from mmray.model.features import Features
 from mmray.model.fusion_model import FusionModel
 from mmray.model.image import ImageEncoder
@@ -23,7 +26,6 @@ from mmray.model.packed import (
     is_plain,
     supported,
 )
-from mmray.model.pooling import BitsMaxPool2d
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {
     nn.ReLU: RELU,
@@ -61,27 +63,29 @@ class _Tracer(fx.Tracer):
 
 def fuse(model: FusionModel, *, bf16: bool = False) -> None:
     """Make the picture encoder of ``model`` faster where it scores on a CPU, in place. ``bf16``: it
-    runs under bfloat16 autocast. It has been through ``speed.for_inference``, and is not trained
-    after. Scores change by float rounding; in 8 bits also by that of the shortcuts.
+    runs under bfloat16 autocast. It has been through ``speed.for_inference``, and is neither
+    trained nor copied after. Scores change by float rounding; in 8 bits also by that of the
+    shortcuts. What becomes infinite on the way may end as 0, as oneDNN's ReLU has it.
 
     Nothing happens where torch has no oneDNN for it, or torch.fx cannot tell the order of calls;
-    nor to weights that are no numbers, as oneDNN's ReLU makes 0 of what comes of them.
+    nor to weights that are no numbers, so that their scores are none.
     """
     if model.image is None or not supported(bf16=bf16):
         return
-    if all(bool(p.isfinite().all()) for p in model.image.parameters()):
+    numbers = chain(model.image.parameters(), model.image.buffers())
+    if all(bool(value.isfinite().all()) for value in numbers):
         model.image = fused(model.image)
 
 
 def fused(encoder: ImageEncoder) -> ImageEncoder:
     """The same encoder, made of the parts of ``encoder``, which is not used after."""
-    for name, module in list(encoder.named_modules()):
-        if type(module) is nn.Conv2d and is_plain(module):
-            encoder.set_submodule(name, FusedConv2d(module))
     try:
         graph = _Tracer().trace(encoder)
     except (fx.proxy.TraceError, TypeError):
         return encoder
+    for name, module in list(encoder.named_modules()):
+        if type(module) is nn.Conv2d and is_plain(module):
+            encoder.set_submodule(name, FusedConv2d(module))
     modules = dict(encoder.named_modules())
     for node in list(graph.nodes):
         if _does_nothing(_module(node, modules)):
@@ -94,8 +98,9 @@ def fused(encoder: ImageEncoder) -> ImageEncoder:
             continue
         if isinstance(module, PackedConv2d):
             _fuse(graph, node, module, modules)
-        elif type(module) is nn.MaxPool2d and _is_after_relu(node, modules):
-            encoder.set_submodule(str(node.target), BitsMaxPool2d.of(module))
+        elif type(module) is nn.MaxPool2d and _is_relu(node.args[0], modules):
+            encoder.set_submodule(str(node.target), pooling.faster(module))
+    _keep_what_is_read_again(graph, modules)
     keep_rounded(graph, encoder)
     return FusedEncoder(encoder, graph)
 
@@ -113,11 +118,17 @@ def _does_nothing(module: nn.Module | None) -> bool:
     return named or isinstance(module, nn.Identity | nn.Dropout)
 
 
+def _is_relu(node: object, modules: Modules) -> bool:
+    """Whether ``node`` calls a convolution that ends in ReLU."""
+    conv = _module(node, modules)
+    return isinstance(conv, PackedConv2d) and conv.activation == RELU
+
+
 def _fuse(graph: fx.Graph, node: fx.Node, conv: PackedConv2d, modules: Modules) -> None:
     """Have ``conv``, which ``node`` calls, do what comes after it and alone reads it."""
-    (read,), added, chain = node.args, None, [node]
-    while len(chain[-1].users) == 1 and conv.activation == NOTHING:
-        (after,) = chain[-1].users
+    (read,), added, done = node.args, None, [node]
+    while len(done[-1].users) == 1 and conv.activation == NOTHING:
+        (after,) = done[-1].users
         module = _module(after, modules)
         if module is not None and type(module) in ACTIVATIONS:
             name, numbers = ACTIVATIONS[type(module)]
@@ -125,33 +136,50 @@ def _fuse(graph: fx.Graph, node: fx.Node, conv: PackedConv2d, modules: Modules) 
                 break
             conv.activation = name, numbers
         elif after.target is operator.add and added is None:
-            others = [arg for arg in after.args if arg is not chain[-1]]
-            if len(others) != 1 or not isinstance(others[0], fx.Node):
-                break  # to itself, or a number
-            added = others[0]
+            added = _added(after, done[-1], modules)
+            if added is None or _is_written_over(read, modules):
+                added = None
+                break
         else:
             break
-        chain.append(after)
-    with graph.inserting_before(chain[-1]):
-        if added is not None and not _is_spent(graph, added, chain, modules):
-            added = graph.call_method("clone", (added,))
+        done.append(after)
+    order = list(graph.nodes)
+    late = added is not None and order.index(added) > order.index(node)
+    with graph.inserting_after(added if late else node):
         call = graph.call_module(str(node.target), (read, added))
-    chain[-1].replace_all_uses_with(call)
-    for each in reversed(chain):
+    done[-1].replace_all_uses_with(call)
+    for each in reversed(done):
         graph.erase_node(each)
 
 
-def _is_after_relu(node: fx.Node, modules: Modules) -> bool:
-    conv = _module(node.args[0], modules)
-    return isinstance(conv, PackedConv2d) and conv.activation == RELU
+def _added(addition: fx.Node, to: fx.Node, modules: Modules) -> fx.Node | None:
+    """The other value, where it is a map that was computed; else None: a number, a parameter, or
+    ``to`` itself."""
+    others = [arg for arg in addition.args if arg is not to]
+    if len(others) == 1 and isinstance(_module(others[0], modules), PackedConv2d | nn.MaxPool2d):
+        return cast(fx.Node, others[0])
+    return None
 
 
-def _is_spent(graph: fx.Graph, value: fx.Node, chain: Sequence[fx.Node], modules: Modules) -> bool:
-    """Whether ``value`` lies in memory of its own, and nobody reads it after ``chain``, which adds
-    it."""
-    order = list(graph.nodes)
-    earlier = order[: order.index(chain[-1])]
-    return isinstance(_module(value, modules), PackedConv2d | nn.MaxPool2d) and all(
-        user in chain or (user in earlier and isinstance(_module(user, modules), PackedConv2d))
-        for user in value.users
-    )
+def _is_written_over(value: object, modules: Modules) -> bool:
+    """Whether a module changes ``value`` where it lies, so that calls must stay in their order."""
+    assert isinstance(value, fx.Node)
+    return any(getattr(_module(user, modules), "inplace", False) for user in value.users)
+
+
+def _keep_what_is_read_again(graph: fx.Graph, modules: Modules) -> None:
+    """A convolution writes its sums over what it adds: where that is what it reads, or anyone else
+    may read it later, have it write over a copy."""
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    for node, place in order.items():
+        added = node.args[1] if len(node.args) == 2 else None
+        if not (isinstance(_module(node, modules), PackedConv2d) and isinstance(added, fx.Node)):
+            continue
+        others = added.users.keys() - {node}
+        spent = node.args[0] is not added and all(
+            order.get(user, place) < place and isinstance(_module(user, modules), PackedConv2d)
+            for user in others
+        )
+        if not spent:
+            with graph.inserting_before(node):
+                node.update_arg(1, graph.call_method("clone", (added,)))

@@ -158,7 +158,7 @@ class Floats(nn.Module):
 
 
 def rounded(x_BCHW: Tensor, scale: float, zero: int) -> Tensor:
-    """``x / scale + zero`` as uint8: the nearest of 0..255. ``x``: float, channels last."""
+    """``x / scale + zero`` as uint8: the nearest of 0..255. ``x``: float, a row at least."""
     out_BCHW = torch.empty_like(x_BCHW, dtype=torch.uint8)
     rows = max(1, SCRATCH // x_BCHW[0].numel())
     scratch = torch.empty_like(x_BCHW[:rows], dtype=torch.float32)

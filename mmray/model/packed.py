@@ -9,6 +9,8 @@ Shapes: B rows, C channels in, O out, H x W pixels.
 
 from __future__ import annotations
 
+import platform
+
 import torch
 from torch import Tensor, nn
 
@@ -19,20 +21,25 @@ RELU: Activation = "relu", []
 
 
 def supported(*, bf16: bool = False) -> bool:
-    """Whether torch has oneDNN here, and for ``bf16`` a CPU with what that needs."""
-    there: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return there and (not bf16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    """Whether torch has oneDNN's own kernels here, which are those for x86, and for ``bf16`` a CPU
+    with what that needs."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    there = x86 and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(there and (not bf16 or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def is_plain(conv: nn.Conv2d) -> bool:
-    """Whether its padding is zeros, as many as it says, as oneDNN has it."""
+    """Whether it pads with zeros, by numbers, not by "same" or "valid"."""
     return conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 class PackedConv2d(nn.Module):
     """``forward(x, added)``: [B, C, H, W] and, of the result's shape and dtype, what is added to it
-    -> ``activation(conv(x) + added)``. ``added`` is overwritten; with it, the activation is ReLU or
-    nothing, else one of ``ACTIVATIONS``, by name."""
+    -> ``activation(conv(x) + added)``.
+
+    ``added``, channels last in memory, is overwritten; with it, the activation is ReLU or nothing,
+    else one of ``ACTIVATIONS``, by name. Weights are held as they were, and as oneDNN wants them
+    for one row and for many, once either was there."""
 
     ACTIVATIONS: frozenset[str]
 
