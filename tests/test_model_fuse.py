@@ -206,10 +206,12 @@ def test_other_paddings_than_zeros_stay_torchs_own() -> None:
 LAID_OUT = """
 import torch
 from torch import nn
+from mmray.model.int8 import Int8Conv2d
 from mmray.model.packed import FusedConv2d
 
-made = FusedConv2d(nn.Conv2d(64, 256, 1).requires_grad_(False))
-x = torch.rand(16, 64, 14, 14).to(memory_format=torch.channels_last)
+conv = nn.Conv2d(256, 1024, 1).requires_grad_(False)  # of ResNet-50
+made = {made}
+x = torch.rand(16, 256, 14, 14).to(memory_format=torch.channels_last)
 made(x[:8]), made(x[:1])
 with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
     for rows in (1, 3, 8, 16):
@@ -217,10 +219,14 @@ with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
 """
 
 
-def test_weights_are_laid_out_once_for_a_row_and_once_for_many() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LAID_OUT], capture_output=True, text=True, timeout=120, check=True
-    )
+@pytest.mark.parametrize(
+    "made", ["FusedConv2d(conv)", "Int8Conv2d(conv, (0.0, 1.0), torch.bfloat16)"]
+)
+def test_weights_are_laid_out_once_for_a_row_and_once_for_many(made: str) -> None:
+    if "Int8" in made and not int8.supported():
+        pytest.skip("this CPU does not multiply 8-bit integers")
+    script = [sys.executable, "-c", LAID_OUT.format(made=made)]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=120, check=True)
     lines = [line for line in done.stdout.splitlines() if ",exec," in line]
     assert sum(",convolution," in line for line in lines) == 4, done.stdout
     assert not [line for line in lines if ",reorder," in line]

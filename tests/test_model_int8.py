@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -83,30 +80,6 @@ def test_a_shortcut_is_added_before_relu(rounded: bool) -> None:
         assert off.abs().max() <= 0.51 * 4.0 / 255
     else:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-LAID_OUT = """
-import torch
-from torch import nn
-from mmray.model.int8 import Int8Conv2d
-
-conv = nn.Conv2d(256, 1024, 1).requires_grad_(False)  # of ResNet-50
-made = Int8Conv2d(conv, (0.0, 1.0), torch.bfloat16)
-x = torch.rand(16, 256, 14, 14).to(memory_format=torch.channels_last)
-made(x[:8]), made(x[:1])
-with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
-    for rows in (1, 3, 8, 16):
-        made(x[:rows])
-"""
-
-
-def test_weights_are_laid_out_once_and_not_in_every_call() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LAID_OUT], capture_output=True, text=True, timeout=120, check=True
-    )
-    calls = [line for line in done.stdout.splitlines() if ",exec," in line]
-    assert sum(",convolution," in line for line in calls) == 4, done.stdout
-    assert not [line for line in calls if ",reorder," in line]
 
 
 def test_only_what_is_faster_is_taken() -> None:
