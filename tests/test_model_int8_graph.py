@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from encoders import fitted
-from torch import nn
+from torch import Tensor, nn
 
 from mmray.model import int8, packed
 from mmray.model.fuse import fused
@@ -46,3 +46,31 @@ def test_values_stay_in_8_bits_and_little_is_lost_by_it(name: str) -> None:
     assert (found - exact).norm() < 1.2 * off
     assert torch.equal(again, found)
     assert (by_row - found).norm() < 0.2 * off
+
+
+def test_each_convolution_gives_a_row_the_same_bits_alone_and_among_others() -> None:
+    plain, pixels = fitted("resnet18")
+    with torch.inference_mode():
+        with int8.observed(plain.net) as ranges:
+            plain(pixels)
+        int8.quantize(plain.net, ranges, torch.float32)
+        made = fused(plain)
+        convs = of_kind(made.net, Int8Conv2d)
+        taken: dict[nn.Module, list[Tensor | None]] = {}
+        gave: dict[nn.Module, Tensor] = {}
+
+        def take(module: nn.Module, given: tuple[Tensor | None, ...]) -> None:
+            taken[module] = [None if x is None else x.clone() for x in given]  # before it is added
+
+        def give(module: nn.Module, given: object, output: Tensor) -> None:
+            gave[module] = output.clone()
+
+        hooks = [conv.register_forward_pre_hook(take) for conv in convs]
+        hooks += [conv.register_forward_hook(give) for conv in convs]
+        made(pixels)
+        for hook in hooks:
+            hook.remove()
+        assert len(gave) == len(convs) == len(ranges)
+        for conv, output in gave.items():
+            rows = [[None if x is None else x[i : i + 1] for x in taken[conv]] for i in range(6)]
+            assert torch.equal(torch.cat([conv(*row) for row in rows]), output)
