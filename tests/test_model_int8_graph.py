@@ -48,8 +48,9 @@ def test_values_stay_in_8_bits_and_little_is_lost_by_it(name: str) -> None:
     assert (by_row - found).norm() < 0.2 * off
 
 
-def test_each_convolution_gives_a_row_the_same_bits_alone_and_among_others() -> None:
-    plain, pixels = fitted("resnet18")
+@pytest.mark.parametrize("name", EIGHTS)
+def test_each_convolution_gives_a_row_the_same_alone_and_among_others(name: str) -> None:
+    plain, pixels = fitted(name)
     with torch.inference_mode():
         with int8.observed(plain.net) as ranges:
             plain(pixels)
@@ -73,4 +74,8 @@ def test_each_convolution_gives_a_row_the_same_bits_alone_and_among_others() -> 
         assert len(gave) == len(convs) == len(ranges)
         for conv, output in gave.items():
             rows = [[None if x is None else x[i : i + 1] for x in taken[conv]] for i in range(6)]
-            assert torch.equal(torch.cat([conv(*row) for row in rows]), output)
+            alone = torch.cat([conv(*row) for row in rows])
+            if output.dtype == torch.uint8 or name == "resnet18":
+                assert torch.equal(alone, output)
+            else:  # floats of another kernel for 1 x 1 and one row: their last bit
+                torch.testing.assert_close(alone, output, rtol=0, atol=1e-5)
