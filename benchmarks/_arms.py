@@ -101,14 +101,14 @@ def _counted(at: np.ndarray) -> list[tuple[float, int]]:
 # --- the arms ------------------------------------------------------------------------------------
 
 
-def plain(bundle: str, archive: str, out: str) -> dict[str, float]:
-    """Bare processes, one a core: scaled JPEG decode and the model as plain torch runs it."""
-    return _processes(_plain_worker, bundle, archive, out)
-
-
 def limit(bundle: str, archive: str, out: str) -> dict[str, float]:
-    """Bare processes, one a core, with mmray's Predictor and nothing around it."""
+    """Bare processes, one a core: scaled JPEG decode and the model as plain torch runs it."""
     return _processes(_limit_worker, bundle, archive, out)
+
+
+def lowered(bundle: str, archive: str, out: str) -> dict[str, float]:
+    """Bare processes, one a core, with mmray's Predictor and nothing around it."""
+    return _processes(_lowered_worker, bundle, archive, out)
 
 
 Worker = Callable[[str, list[str], str], list[tuple[float, int]]]
@@ -124,7 +124,7 @@ def _processes(worker: Worker, bundle: str, archive: str, out: str) -> dict[str,
     return finished([time for part in parts for time in part])
 
 
-def _plain_worker(bundle: str, shards: list[str], out: str) -> list[tuple[float, int]]:
+def _limit_worker(bundle: str, shards: list[str], out: str) -> list[tuple[float, int]]:
     model = Model(bundle, threads=1)
     times, kept = [], []
     for pairs in _batches(_pairs(shards), 16):
@@ -135,7 +135,7 @@ def _plain_worker(bundle: str, shards: list[str], out: str) -> list[tuple[float,
     return times
 
 
-def _limit_worker(bundle: str, shards: list[str], out: str) -> list[tuple[float, int]]:
+def _lowered_worker(bundle: str, shards: list[str], out: str) -> list[tuple[float, int]]:
     from mmray.archive.rows import Sample
     from mmray.bundle import load
     from mmray.predict import Predictor
@@ -297,7 +297,8 @@ def daft(bundle: str, archive: str, out: str) -> dict[str, float]:
     return finished(_counted(np.array([row["at"] for row in kept])))
 
 
-ARMS = {f.__name__: f for f in (plain, limit, mmray, mmray_embeddings, ray_docs, dataloader, daft)}
+ALL = limit, lowered, mmray, mmray_embeddings, ray_docs, dataloader, daft
+ARMS = {arm.__name__: arm for arm in ALL}
 
 
 def main() -> None:

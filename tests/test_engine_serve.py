@@ -489,7 +489,8 @@ def test_the_readme_serves_until_ctrl_c_and_asks_for_its_token(tmp_path: Path) -
         if hasattr(os, "SCHED_BATCH"):
             stop_others = [c for c in children if os.sched_getscheduler(c.pid) != os.SCHED_BATCH]
             assert not stop_others, "they stop the model whenever they wake"
-        assert not any("log_monitor" in part for c in children for part in c.cmdline())
+        scripts = {Path(part).name for c in children for part in c.cmdline()}
+        assert not scripts & {"log_monitor.py", "monitor.py", "dashboard.py"}, "nobody reads them"
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
         assert not psutil.wait_procs(children, timeout=60)[1], "processes were left behind"

@@ -41,8 +41,15 @@ PASSED_ON = (
     "AWS_REQUEST_CHECKSUM_CALCULATION",
 )
 #: Of a Ray that lives as long as this command, with no dashboard: nobody reads what each of its
-#: processes would report every second, which on two cores costs scoring 2 %.
-UNWATCHED = {"RAY_enable_metrics_collection": "0", "RAY_task_events_report_interval_ms": "0"}
+#: processes would report every second, nor what its agent and the GCS gather for that.
+UNWATCHED = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "60000",
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
+    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
+    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "60",
+}
 #: Of a Ray that is started to serve: HAProxy before replicas that speak HTTP themselves, gRPC among
 #: them, one event loop in each; a request's line is written when it ends, not with 999 others.
 #: https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
@@ -234,9 +241,18 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
             log.warning("Ray took too long to start; trying again")
         else:
             atexit.register(disconnect)
-            # It looks for new lines ten times a second, to tell a driver that does not listen.
-            _node().kill_log_monitor(check_alive=False)
+            _end_idle_helpers()
             return
+
+
+def _end_idle_helpers() -> None:
+    """End what only takes time and memory of a Ray that is one machine and ends with its driver:
+    who tells new log lines to a driver that does not listen, ten times a second; who would start
+    more machines; and what is left of a dashboard that was not asked for."""
+    node = _node()
+    node.kill_log_monitor(check_alive=False)
+    node.kill_monitor(check_alive=False)
+    node.kill_dashboard(check_alive=False)
 
 
 def _check_free(port: int) -> None:
