@@ -15,6 +15,7 @@ import logging
 import os
 import random
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from typing import Any
 import psutil
 import ray
 import yaml
-from ray._private import services, worker  # what is used of them is not to be had in public
+from ray._private import node as ray_node  # what is used of these is not to be had in public
+from ray._private import services, worker
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state
 from ray.exceptions import AuthenticationError
@@ -220,14 +222,15 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
             os.environ.pop(name, None)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,  # not its note that the cluster has a token
-                _metrics_export_port=metrics_port,
-            )
+            with _starting(_OneMachine):
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,  # not its note that the cluster has a token
+                    _metrics_export_port=metrics_port,
+                )
         except OSError as error:
             raise MmrayError(
                 f"Ray did not start on this machine: {error}; it needs a temporary directory to "
@@ -241,18 +244,31 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
             log.warning("Ray took too long to start; trying again")
         else:
             atexit.register(disconnect)
-            _end_idle_helpers()
             return
 
 
-def _end_idle_helpers() -> None:
-    """End what only takes time and memory of a Ray that is one machine and ends with its driver:
-    who tells new log lines to a driver that does not listen, ten times a second; who would start
-    more machines; and what is left of a dashboard that was not asked for."""
-    node = _node()
-    node.kill_log_monitor(check_alive=False)
-    node.kill_monitor(check_alive=False)
-    node.kill_dashboard(check_alive=False)
+class _OneMachine(ray_node.Node):
+    """A head node without what only takes time and memory of a Ray that is one machine and ends
+    with its driver: who tells new log lines to a driver that does not listen, ten times a second;
+    who would start more machines; and what there is of a dashboard that was not asked for, for
+    which the start waits two seconds."""
+
+    def start_log_monitor(self) -> None: ...
+
+    def start_monitor(self) -> None: ...
+
+    def start_api_server(self, **_: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def _starting(kind: type[ray_node.Node]) -> Iterator[None]:
+    """Meanwhile ``ray.init`` starts a node of this kind."""
+    before = ray_node.Node
+    ray_node.Node = kind  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        ray_node.Node = before  # type: ignore[misc]
 
 
 def _check_free(port: int) -> None:
