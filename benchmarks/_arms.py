@@ -127,7 +127,7 @@ def _processes(worker: Worker, bundle: str, archive: str, out: str) -> dict[str,
 def _limit_worker(bundle: str, shards: list[str], out: str) -> list[tuple[float, int]]:
     model = Model(bundle, threads=1)
     times, kept = [], []
-    for pairs in _batches(_pairs(shards), 16):
+    for pairs in _batches(_pairs(shards), BATCH):
         pixels = np.stack([decode_turbo(image, model.size) for image, _ in pairs])
         kept.append(model.score(pixels, [text for _, text in pairs]))
         times.append((time.time(), len(pairs)))
