@@ -64,4 +64,5 @@ def test_the_tour_runs_as_it_is_written(tmp_path: Path) -> None:
             assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
             outputs += done.stdout + done.stderr
     assert "nothing to do" in outputs and "holds" in outputs
+    assert not re.search(r"^\S*\[\d{4}-", outputs, re.MULTILINE), f"lines of Ray's own\n{outputs}"
     assert (tmp_path / "tour" / "scores" / "_run" / "report.html").exists()

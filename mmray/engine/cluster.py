@@ -25,11 +25,10 @@ import ray
 import yaml
 from ray._private import node as ray_node  # what is used of these is not to be had in public
 from ray._private import services, worker
-from ray.data import DataContext
-from ray.data._internal.execution import streaming_executor_state
 from ray.exceptions import AuthenticationError
 
 import mmray
+from mmray.engine import quiet
 from mmray.errors import ConfigError, MmrayError
 from mmray.memory import ONE_HEAP
 
@@ -114,7 +113,7 @@ def connect(
         else:
             _start(num_cpus, metrics_port)
         logging.getLogger("ray").setLevel(logging.WARNING)
-    _quiet_data()
+    quiet.datasets()
     return resources()
 
 
@@ -362,28 +361,3 @@ def _runtime_env() -> dict[str, Any]:
 
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def _quiet_data() -> None:
-    """Ray Data tells of every dataset, draws bars and, where pictures are large, advises options
-    that mmray's users do not have; mmray says what is done.
-
-    Its warnings are still shown, and its log file in Ray's session directory keeps all. What a
-    lost worker raised is said without its traceback, which is Ray's own, and which would keep the
-    pool's actors, and their CPUs, for as long as a log handler keeps the record.
-    """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False
-    context.issue_detectors_config.detectors = []
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)  # "bars disabled"
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler):
-            handler.setLevel(logging.WARNING)
-    logging.getLogger(streaming_executor_state.__name__).addFilter(_without_traceback)
-
-
-def _without_traceback(record: logging.LogRecord) -> bool:
-    if record.exc_info and record.exc_info[1] is not None:
-        record.msg = f"{record.getMessage()} {_line(record.exc_info[1])}"
-        record.args, record.exc_info = (), None
-    return True
