@@ -83,14 +83,13 @@ class Forked(ImageEncoder):
     """Calls and values that must stay apart: what is added, or comes before an activation, is read
     again, written over elsewhere, or is what the convolution itself reads."""
 
-    def __init__(self, kind: str = "again") -> None:
+    def __init__(self, kind: str = "again", dim: int = 3) -> None:
         super().__init__("symmetric")
-        self.dim, self.kind = 3, kind
-        self.one, self.two, self.three, self.four = (
-            nn.Conv2d(3, 3, 3, padding=1) for _ in range(4)
-        )
+        self.dim, self.kind = dim, kind
+        self.one = nn.Conv2d(3, dim, 3, padding=1)
+        self.two, self.three, self.four = (nn.Conv2d(dim, dim, 3, padding=1) for _ in range(3))
         self.relu, self.pool, self.over = nn.ReLU(), nn.MaxPool2d(2), nn.SiLU(inplace=True)
-        self.shift = nn.Parameter(torch.randn(1, 3, 1, 1))
+        self.shift = nn.Parameter(torch.randn(1, dim, 1, 1))
 
     def encode(self, x_BCHW: Tensor) -> Features:
         y = getattr(self, self.kind)(self.pool(self.relu(self.one(x_BCHW))))
@@ -136,14 +135,15 @@ KINDS = [
 
 
 @pytest.mark.parametrize("in_8_bits", [False, True], ids=["floats", "8 bits"])
+@pytest.mark.parametrize("dim", [3, 64], ids=["3 channels", "64 channels"])  # two ways of oneDNN's
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_value_is_lost_in_any_order_of_calls(
-    kind: str, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch
+    kind: str, dim: int, in_8_bits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if in_8_bits and not int8.supported():
         pytest.skip("this CPU does not multiply 8-bit integers")
     torch.manual_seed(0)
-    plain = Forked(kind).eval().requires_grad_(False)
+    plain = Forked(kind, dim).eval().requires_grad_(False)
     pixels = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
     with torch.inference_mode():
         if in_8_bits:
