@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import ray
-from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmray.archive.rows import Sample
 from mmray.engine import guard
+from mmray.engine.quiet import acquaintance
 from mmray.errors import BadRow
 
 _again = False  # this process does what another one did not survive
@@ -48,16 +48,14 @@ def _call_witness() -> Any:
 class Careful:
     """Goes with the tasks of one pass over an archive. ``seconds``: what a row may take.
 
-    The witness lives as long as the one that called it: those passed on know it, and have no share
-    in its life. An actor that began with such a share may not begin again (ray#53727).
+    The witness lives as long as the one that called it: those passed on are its acquaintances.
     """
 
     seconds: float = guard.ROW_SECONDS
     witness: Any = field(default_factory=_call_witness)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        state, _, _ = self.witness._serialization_helper()  # public ways make it a share
-        return _passed_on, (self.seconds, state)
+        return Careful, (self.seconds, acquaintance(self.witness))
 
     def outcomes(self, does: guard.Prepares, samples: Sequence[Sample]) -> list[Any]:
         """What ``does.prepare`` gives for each sample, or the BadRow that it raises; BadRow, too,
@@ -88,10 +86,6 @@ class Careful:
             except ray.exceptions.RayActorError:
                 _again = True  # it is gone with its node: nothing is known
         return _again
-
-
-def _passed_on(seconds: float, state: Any) -> Careful:
-    return Careful(seconds, ActorHandle._deserialization_helper(state, weak_ref=True))
 
 
 @functools.lru_cache(maxsize=2)  # one child for all chunks of a process

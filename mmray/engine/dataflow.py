@@ -12,6 +12,7 @@ from mmray.engine.decoder import Decoder
 from mmray.engine.ingest import ReadOptions, chunks_dataset
 from mmray.engine.pieces import Plan
 from mmray.engine.placement import IN_FLIGHT, Placement, Pool
+from mmray.engine.quiet import acquaintance
 from mmray.engine.scorer import Scorer
 from mmray.scoring_run import Run
 
@@ -36,6 +37,7 @@ def scored(
     each actor holds one chunk at a time.
     """
     in_flight = IN_FLIGHT if witness is None else 1
+    seen_by = None if witness is None else acquaintance(witness)
 
     def mapped(
         dataset: ray.data.Dataset, actor: type, pool: Pool, *arguments: Any
@@ -57,9 +59,9 @@ def scored(
         # Ray 2.64 takes the only ways to set max_restarts; pyproject.toml stops before it.
         warnings.simplefilter("ignore", RayDeprecationWarning)
         if placement.decoders is not None:
-            dataset = mapped(dataset, Decoder, placement.decoders, run.bundle, limits, witness)
+            dataset = mapped(dataset, Decoder, placement.decoders, run.bundle, limits, seen_by)
         scorer = run.bundle, run.fingerprint, out, run.embedding_dim is not None
-        arguments = *scorer, THREADS, limits, witness
+        arguments = *scorer, THREADS, limits, seen_by
         dataset = mapped(dataset, Scorer, placement.scorers, *arguments)
     dataset.context.max_errored_blocks = -1
     return dataset

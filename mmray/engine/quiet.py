@@ -1,10 +1,16 @@
-"""What Ray Data prints on its own, and mmray's users can do nothing with."""
+"""What Ray prints on its own, and mmray's users can do nothing with.
+
+Of actors that begin with references to objects, or to other actors, Ray says in every run, as an
+error, that they may not begin again (ray#53727). Those of mmray begin with values, and with
+acquaintances.
+"""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
+from ray.actor import ActorHandle
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state  # not to be had in public
 from ray.data._internal.execution.operators import actor_pool_map_operator
@@ -38,8 +44,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 
 class _ByValue(actor_pool_map_operator.ActorPoolMapOperator):
-    """Its actors begin with values of their own. To references, as Ray Data gives them, Ray says in
-    every run, as an error, that an actor that begins with such may not begin again (ray#53727)."""
+    """Its actors begin with values of their own, not with references to what it has."""
 
     def _start_actor(self, *args: Any) -> Any:
         # Under the names of the cached properties that make the references.
@@ -55,3 +60,9 @@ class _ByValue(actor_pool_map_operator.ActorPoolMapOperator):
             for name in values:
                 del self.__dict__[name]
             self.__dict__.update(made)
+
+
+def acquaintance(actor: Any) -> Any:
+    """A handle of ``actor`` that does not keep it alive, as all others do that are passed on."""
+    state, _, _ = actor._serialization_helper()  # not to be had in public
+    return ActorHandle._deserialization_helper(state, weak_ref=True)
