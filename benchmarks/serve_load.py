@@ -12,9 +12,9 @@ three times of it for ``--overload`` seconds, with the server's memory looked at
 at a quarter again: ``recovery_s`` is when that quarter was first answered in full. Goodput in that
 overload is over what the same server answered at saturation right before and answers right after:
 the machine's own speed changes by a tenth within minutes. Light load is
-five requests a second, or a twentieth of that rate where that is less, so that they come one at a
-time, as those of the bare Predictor do by which it is measured; a tenth of what batches make
-possible may be half of what single pairs do. What it adds is the difference of the medians.
+five requests a second, so that they come one at a time, as those of the bare Predictor do by which
+it is measured; a tenth of what batches make possible may be half of what single pairs do. What it
+adds is the difference of the medians.
 
 Last, under half of the load, replicas are killed and bundles change, see ``_changes.py``:
 ``--changes`` is for how many seconds each is watched; 0: none of it.
@@ -55,7 +55,7 @@ ARMS = ("predictor", "mmray", "fastapi", "litserve")
 ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
 LOADS = (0.25, 0.5, 0.75, 0.9)
-LIGHT, LIGHT_SHARE, LIGHT_REQUESTS = 5.0, 0.05, 40  # a second, of saturation, at least so many
+LIGHT = 5.0  # requests a second
 CALLERS, WARM_S, RECOVERY_S = 64, 5.0, 10.0
 ANSWERED = 0.8  # of what is asked in a second: all, but for chance
 START_S = 240.0
@@ -142,13 +142,12 @@ def run(
 def under_loads(
     asked: dict[str, Any], most: float, args: argparse.Namespace, process: psutil.Process
 ) -> dict[str, Any]:
-    rate = min(LIGHT, LIGHT_SHARE * most)
-    light = load({**asked, "rate": rate, "seconds": max(args.seconds, LIGHT_REQUESTS / rate)})
+    light = load({**asked, "rate": LIGHT, "seconds": args.seconds})
     loads = {
         f"{share:.0%}": load({**asked, "rate": share * most, "seconds": args.seconds})
         for share in LOADS
     }
-    found: dict[str, Any] = {"light": light | {"rate": rate}, "loads": loads}
+    found: dict[str, Any] = {"light": light, "loads": loads}
     if args.overload:
         before, sizes = _memory(process), []
         with ThreadPoolExecutor(1) as pool:
@@ -289,7 +288,7 @@ def text(result: dict[str, Any]) -> str:
 
 
 def _loads(found: dict[str, Any]) -> list[str]:
-    named = {f"{found['light']['rate']:.3g}/s": found["light"], **found["loads"]}
+    named = {f"{LIGHT:g}/s": found["light"], **found["loads"]}
     more = ("overload", "recovery", *CHANGES)
     named |= {k: found[k] for k in more if k in found}
     lines = [f"  {'load':15}{'sent':>7}{'per s':>8}{'p50':>8}{'p95':>8}{'p99 ms':>8}  statuses"]
