@@ -13,11 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmray.archive.rows import Sample
 from mmray.engine import guard
-from mmray.engine.quiet import acquaintance
+from mmray.engine.witness import acquaintance, called
 from mmray.errors import BadRow
 
 _again = False  # this process does what another one did not survive
@@ -36,14 +35,6 @@ class _Witness:
         return again
 
 
-def _call_witness() -> Any:
-    """A new one, beside the driver as long as that node lives."""
-    here = ray.get_runtime_context().get_node_id()
-    beside = NodeAffinitySchedulingStrategy(here, soft=True)
-    witness: Any = ray.remote(num_cpus=0)(_Witness)
-    return witness.options(scheduling_strategy=beside).remote()
-
-
 @dataclass(frozen=True, slots=True)
 class Careful:
     """Goes with the tasks of one pass over an archive. ``seconds``: what a row may take.
@@ -52,7 +43,7 @@ class Careful:
     """
 
     seconds: float = guard.ROW_SECONDS
-    witness: Any = field(default_factory=_call_witness)
+    witness: Any = field(default_factory=lambda: called(_Witness))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Careful, (self.seconds, acquaintance(self.witness))

@@ -12,8 +12,8 @@ from mmray.engine.decoder import Decoder
 from mmray.engine.ingest import ReadOptions, chunks_dataset
 from mmray.engine.pieces import Plan
 from mmray.engine.placement import IN_FLIGHT, Placement, Pool
-from mmray.engine.quiet import acquaintance
 from mmray.engine.scorer import Scorer
+from mmray.engine.witness import acquaintance
 from mmray.scoring_run import Run
 
 THREADS = 1  # of torch, in each actor

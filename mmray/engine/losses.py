@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmray.engine.pieces import Piece
 from mmray.ledger import Interval, joined
@@ -34,14 +33,6 @@ class Witness:
 
     def begun(self) -> set[tuple[str, int, int]]:
         return self._begun
-
-
-def call_witness() -> Any:
-    """A new witness, beside the driver as long as that node lives."""
-    here = ray.get_runtime_context().get_node_id()
-    beside = NodeAffinitySchedulingStrategy(here, soft=True)
-    witness = ray.remote(num_cpus=0)(Witness)
-    return witness.options(scheduling_strategy=beside).remote()
 
 
 class Losses:

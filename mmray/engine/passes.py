@@ -26,9 +26,10 @@ from mmray.engine import cluster, pace
 from mmray.engine.asked import ScoreOptions
 from mmray.engine.dataflow import scored
 from mmray.engine.ingest import ReadOptions, running
-from mmray.engine.losses import Losses, call_witness
+from mmray.engine.losses import Losses, Witness
 from mmray.engine.pieces import Piece, Plan, shared
 from mmray.engine.placement import place
+from mmray.engine.witness import called
 from mmray.errors import MmrayError, RunError
 from mmray.lease import Lease
 from mmray.report.progress import Console, Meter, duration
@@ -161,7 +162,7 @@ class Job(ABC):
         while plan := Plan(self._pieces_again()):
             self._finish_commits(0)
             self._console.say(f"{len(plan):,} pieces lost their worker; running them again")
-            yield plan, call_witness()
+            yield plan, called(Witness)
         self._finish_commits(0)
 
     def _remaining(self) -> tuple[int, int, int]:

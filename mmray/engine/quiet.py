@@ -2,7 +2,7 @@
 
 Of actors that begin with references to objects, or to other actors, Ray says in every run, as an
 error, that they may not begin again (ray#53727). Those of mmray begin with values, and with
-acquaintances.
+acquaintances (``witness``).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from ray.actor import ActorHandle
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state  # not to be had in public
 from ray.data._internal.execution.operators import actor_pool_map_operator
@@ -60,9 +59,3 @@ class _ByValue(actor_pool_map_operator.ActorPoolMapOperator):
             for name in values:
                 del self.__dict__[name]
             self.__dict__.update(made)
-
-
-def acquaintance(actor: Any) -> Any:
-    """A handle of ``actor`` that does not keep it alive, as all others do that are passed on."""
-    state, _, _ = actor._serialization_helper()  # not to be had in public
-    return ActorHandle._deserialization_helper(state, weak_ref=True)

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 
 from mmray.engine import cluster
-from mmray.engine.quiet import acquaintance
+from mmray.engine.witness import acquaintance
 
 PATIENCE_S = 60.0
 
@@ -73,3 +73,9 @@ def test_an_acquaintance_answers_who_begins_again_and_is_not_kept_alive() -> Non
 
 if __name__ == "__main__":
     told()
+
+
+def test_the_processes_of_small_actors_do_not_import_what_reads_datasets() -> None:
+    modules = ", ".join(f"mmray.engine.{name}" for name in ("board", "careful", "losses", "pace"))
+    code = f"import sys, {modules}; assert 'ray.data' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
