@@ -21,6 +21,7 @@ import sitting
 import tiny
 import torch
 from conftest import Endpoint
+from ray._private.state import actors as ray_actors  # `list_actors` needs a dashboard
 from stage import learned
 
 from mmray import bundle as bundles
@@ -116,6 +117,14 @@ def undisturbed(
 ) -> TrainResult:
     out = tmp_path_factory.mktemp("bundles") / "undisturbed"
     return train(steady(archive, out, backbone), progress=lambda _: None)
+
+
+def test_on_a_ray_of_its_own_it_starts_no_process_that_has_nothing_to_do(
+    undisturbed: TrainResult,
+) -> None:
+    started = {actor["ActorClassName"] for actor in ray_actors().values()}
+    assert {"TrainController", "RayTrainWorker"} <= started
+    assert not started & {"DatasetManager", "PreemptionWatcher"}
 
 
 def test_every_dev_row_counts_once_and_the_bundle_scores_as_it_was_measured(
@@ -325,6 +334,27 @@ def test_a_worker_killed_while_training_from_s3_to_s3_costs_a_checkpoint_at_most
     assert {path.split("/")[0] for path in left} == kept
 
 
+def test_a_controller_killed_is_said_and_the_same_call_goes_on(
+    undisturbed: TrainResult, archive: Path, backbone: Path, tmp_path: Path
+) -> None:
+    """In the same process: what the dead one had reserved is free again."""
+    lines: list[str] = []
+
+    def kill(line: str) -> None:
+        lines.append(line)
+        if line.startswith("epoch 3/4"):
+            actors = ray_actors(actor_state_name="ALIVE").values()
+            (pid,) = (a["Pid"] for a in actors if a["ActorClassName"] == "TrainController")
+            os.kill(pid, signal.SIGKILL)
+
+    cfg = steady(archive, tmp_path / "out", backbone)
+    with pytest.raises(RunError, match=r"drives the training workers died .* the same command"):
+        train(cfg, progress=kill)
+    done = train(cfg, progress=lines.append)
+    assert any(line.startswith("going on from a checkpoint: epoch ") for line in lines)
+    np.testing.assert_allclose(losses(done), losses(undisturbed), rtol=1e-3)
+
+
 def test_grows_with_the_cluster_and_shrinks_after_a_notice(
     undisturbed: TrainResult, archive: Path, backbone: Path, tmp_path: Path
 ) -> None:
@@ -419,10 +449,8 @@ def test_a_run_whose_loss_is_not_finite_leaves_its_best_weights(
 
     def failed(best: dict[str, Any] | None) -> str:
         done = state | {"best": best}
-        monkeypatch.setattr(
-            "ray.train.torch.TorchTrainer",
-            lambda *_, **__: SimpleNamespace(fit=lambda: SimpleNamespace(return_value=done)),
-        )
+        trainer = SimpleNamespace(fit=lambda: SimpleNamespace(return_value=done))
+        monkeypatch.setattr("mmray.engine.fit._trainer_type", lambda: lambda *_, **__: trainer)
         monkeypatch.setattr(engine, "ray", SimpleNamespace(put=lambda x: x, train=engine.ray.train))
         anything: Any = SimpleNamespace(names=(), members=lambda: None, refs=[])
         board: Any = SimpleNamespace(attend=lambda job, **_: job(), actor=None)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, cast
 
 import ray
 import ray.train
+from ray._raylet import PlacementGroupID
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
-from mmray.engine import rundir
+from mmray.engine import cluster, rundir
 from mmray.engine.board import Board
 from mmray.engine.workers import Workers
 from mmray.errors import MmrayError, RunError
@@ -18,6 +26,7 @@ if TYPE_CHECKING:
 
 KEEP_CHECKPOINTS = 2
 RESIZE_SECONDS = 60.0  # between looks for more or fewer machines, where their number may change
+WATCHER = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 WORKER_FAILURES = 2  # in one sitting; each goes on from the last checkpoint
 
 
@@ -26,14 +35,12 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
 
     Raises RunError when training fails, KeyboardInterrupt when it was stopped.
     """
-    from ray.train.torch import TorchTrainer
-
     from mmray.engine import loop
 
     rundir.drop_torn_snapshot(job.run)
     gpu, fixed = {"GPU": 1} if workers.gpu else {}, workers.least == workers.count
     api: Any = ray.train  # its annotations are those of the API before V2
-    trainer: Any = TorchTrainer(
+    trainer: Any = _trainer_type()(
         cast(Any, loop.train_loop),
         train_loop_config={"job": ray.put(job)},
         scaling_config=api.ScalingConfig(
@@ -60,6 +67,11 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
         )
     except ray.train.WorkerGroupError as error:
         raise _cause(error) from error
+    except ray.exceptions.RayActorError as error:
+        raise RunError(
+            f"the process that drives the training workers died ({_line(error)}); the same command "
+            "goes on from the last checkpoint"
+        ) from error
     done: dict[str, Any] = result.return_value
     if done["outcome"] == loop.STOPPED:
         raise KeyboardInterrupt
@@ -74,6 +86,46 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
     return done
 
 
+def _trainer_type() -> Any:
+    """A TorchTrainer less the processes that it would start for nothing: one for datasets of Ray's,
+    which it gets none of, and where Ray ends with this process, those that look out for a machine
+    to be taken away and, by way of a dashboard that is not there, for its controller to die."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.callbacks import datasets, placement_group_callback  # not public
+
+    own = cluster.is_own()
+    spared: tuple[type, ...] = (datasets.DatasetsCallback,)
+    if own:
+        spared += (placement_group_callback.PlacementGroupCleanerCallback,)
+
+    class Lean(TorchTrainer):
+        def fit(self) -> Any:
+            if not own:
+                return super().fit()
+            before, asked = placement_group_table(), os.environ.get(WATCHER)
+            os.environ[WATCHER] = asked or "0"  # its controller hears of that
+            try:
+                return super().fit()
+            except ray.exceptions.RayActorError:
+                _give_back(placement_group_table().keys() - before.keys())
+                raise
+            finally:
+                if asked is None:
+                    del os.environ[WATCHER]
+
+        def _create_default_callbacks(self) -> list[Any]:
+            made = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees V1
+            return [callback for callback in made if not isinstance(callback, spared)]
+
+    return Lean
+
+
+def _give_back(groups: Iterable[str]) -> None:
+    """What a controller that died had reserved for its workers, who died with it."""
+    for group in groups:
+        remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
+
+
 def _cause(error: ray.train.WorkerGroupError) -> Exception:
     """The failure behind a worker group's: ours, a lost worker, or a bug (as it is)."""
     failures = list(error.worker_failures.values())
@@ -82,9 +134,12 @@ def _cause(error: ray.train.WorkerGroupError) -> Exception:
             return failure
     for failure in failures:
         if isinstance(failure, ray.exceptions.RayError):
-            what = " ".join(str(failure).split())
             return RunError(
-                f"a training worker was lost more than {WORKER_FAILURES} times ({what[:300]}); "
+                f"a training worker was lost more than {WORKER_FAILURES} times ({_line(failure)}); "
                 "the same command goes on from the last checkpoint"
             )
     return error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
