@@ -51,7 +51,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	@set -e; for script in $(filter-out benchmarks/chaos.py benchmarks/cross_validate.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
+	@set -e; for script in $(filter-out benchmarks/chaos.py benchmarks/cross_validate.py benchmarks/labels.py,$(sort $(wildcard benchmarks/[!_]*.py))); do \
 	    echo "== $$script" >&2; $(BIN)/python $$script --json; done
 
 # Daemons that the tests start and end themselves; the packages start none.

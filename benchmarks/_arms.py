@@ -20,9 +20,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mmray.config import Precision
 
 BEGAN = time.time()
 CORES = os.cpu_count() or 1
@@ -34,7 +37,7 @@ STEADY = 0.25, 0.95  # the share of rows between which a rate counts: start and 
 class Model:
     """A bundle's model and tokenizer with plain torch around them."""
 
-    def __init__(self, bundle: str, threads: int) -> None:
+    def __init__(self, bundle: str, threads: int, precision: Precision = "auto") -> None:
         import torch
 
         from mmray.bundle import load
@@ -45,7 +48,7 @@ class Model:
         self.size = loaded.preprocess.image.size
         self.tokenizer = loaded.build_preprocessor().tokenizer
         self.net = loaded.build_model().eval().to(memory_format=torch.channels_last)
-        self._autocast = lambda: autocast(resolve_precision("auto", "cpu"), "cpu")
+        self._autocast = lambda: autocast(resolve_precision(precision, "cpu"), "cpu")
 
     def score(self, pixels: np.ndarray, captions: list[str]) -> np.ndarray:
         """uint8 [B, 3, H, W] and B captions -> probabilities [B, classes]."""
