@@ -15,7 +15,6 @@ import logging
 import os
 import random
 import socket
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,12 @@ from typing import Any
 import psutil
 import ray
 import yaml
-from ray._private import node as ray_node  # what is used of these is not to be had in public
-from ray._private import services, worker
+from ray._private import services, worker  # what is used of these is not to be had in public
 from ray.exceptions import AuthenticationError
 
 import mmray
-from mmray.engine import quiet
+from mmray.engine import one_machine, quiet
+from mmray.engine.one_machine import UNWATCHED, is_own
 from mmray.errors import ConfigError, MmrayError
 from mmray.memory import ONE_HEAP
 
@@ -41,16 +40,6 @@ PASSED_ON = (
     "AWS_DEFAULT_REGION",
     "AWS_REQUEST_CHECKSUM_CALCULATION",
 )
-#: Of a Ray that lives as long as this command, with no dashboard: nobody reads what each of its
-#: processes would report every second, nor what its agent and the GCS gather for that.
-UNWATCHED = {
-    "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    "RAY_gcs_pull_resource_loads_period_milliseconds": "60000",
-    "REPORTER_UPDATE_INTERVAL_MS": "60000",
-    "SCAN_EVENT_DIR_INTERVAL_SECONDS": "60",
-    "EVENT_AGENT_REPORT_INTERVAL_SECONDS": "60",
-}
 #: Of a Ray that is started to serve: HAProxy before replicas that speak HTTP themselves, gRPC among
 #: them, one event loop in each; a request's line is written when it ends, not with 999 others.
 #: https://docs.ray.io/en/master/kuberay/user-guides/serve-high-throughput.html
@@ -114,6 +103,7 @@ def connect(
             _start(num_cpus, metrics_port)
         logging.getLogger("ray").setLevel(logging.WARNING)
     quiet.datasets()
+    one_machine.spare_datasets()
     return resources()
 
 
@@ -129,17 +119,6 @@ def resources() -> Resources:
         max_cpus=max(cpus, _limit("CPU")),
         max_gpus=max(gpus, _limit("GPU")),
     )
-
-
-def is_own() -> bool:
-    """Whether the Ray that is connected was started here, and ends with this process."""
-    node = _node()
-    return node is not None and bool(node.is_head())
-
-
-def _node() -> Any:
-    """What Ray has started here; None where it was joined."""
-    return worker.global_worker.node
 
 
 def _limit(resource: str) -> int:
@@ -198,7 +177,7 @@ def disconnect() -> None:
 
 def _workers() -> list[psutil.Process]:
     """What the raylet has started, of a Ray that was started here."""
-    node = _node()
+    node = worker.global_worker.node  # what Ray has started here; None where it was joined
     raylets = [] if node is None else node.all_processes.get("raylet", [])
     found: list[psutil.Process] = []
     for raylet in raylets:
@@ -221,7 +200,7 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
             os.environ.pop(name, None)
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            with _starting(_OneMachine):
+            with one_machine.starting():
                 ray.init(
                     address="local",
                     num_cpus=num_cpus,
@@ -244,30 +223,6 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
         else:
             atexit.register(disconnect)
             return
-
-
-class _OneMachine(ray_node.Node):
-    """A head node without what only takes time and memory of a Ray that is one machine and ends
-    with its driver: who tells new log lines to a driver that does not listen, ten times a second;
-    who would start more machines; and what there is of a dashboard that was not asked for, for
-    which the start waits two seconds."""
-
-    def start_log_monitor(self) -> None: ...
-
-    def start_monitor(self) -> None: ...
-
-    def start_api_server(self, **_: Any) -> None: ...
-
-
-@contextlib.contextmanager
-def _starting(kind: type[ray_node.Node]) -> Iterator[None]:
-    """Meanwhile ``ray.init`` starts a node of this kind."""
-    before = ray_node.Node
-    ray_node.Node = kind  # type: ignore[misc]
-    try:
-        yield
-    finally:
-        ray_node.Node = before  # type: ignore[misc]
 
 
 def _check_free(port: int) -> None:

@@ -15,8 +15,9 @@ from ray.util.placement_group import (
     remove_placement_group,
 )
 
-from mmray.engine import cluster, rundir
+from mmray.engine import rundir
 from mmray.engine.board import Board
+from mmray.engine.one_machine import is_own
 from mmray.engine.workers import Workers
 from mmray.errors import MmrayError, RunError
 from mmray.memory import ONE_HEAP
@@ -93,7 +94,7 @@ def _trainer_type() -> Any:
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import datasets, placement_group_callback  # not public
 
-    own = cluster.is_own()
+    own = is_own()
     spared: tuple[type, ...] = (datasets.DatasetsCallback,)
     if own:
         spared += (placement_group_callback.PlacementGroupCleanerCallback,)

@@ -34,6 +34,7 @@ from ray.serve.context import _get_global_client  # what serves already is not t
 from mmray import config, golden, storage
 from mmray.bundle import read_manifest
 from mmray.engine import cluster
+from mmray.engine.one_machine import is_own
 from mmray.engine.replicas import Ingress, Scorer, loaded
 from mmray.engine.routing import FewestOut
 from mmray.engine.turns import wait_for_turns
@@ -176,7 +177,7 @@ def run(bundle: str, cfg: ServeConfig, console: Console, metrics_port: int | Non
     has = cluster.connect(num_cpus=_cpus(cfg), metrics_port=metrics_port)
     try:
         _check_room(cfg, has)
-        if cluster.is_own():
+        if is_own():
             _watch_over_proxy()
         with _telling(console):
             deployed = deploy(bundle, cfg)
