@@ -124,7 +124,12 @@ def test_on_a_ray_of_its_own_it_starts_no_process_that_has_nothing_to_do(
 ) -> None:
     started = {actor["ActorClassName"] for actor in ray_actors().values()}
     assert {"TrainController", "RayTrainWorker"} <= started
-    assert not started & {"DatasetManager", "PreemptionWatcher"}
+    assert not started & {
+        "_AutoscalingCoordinatorActor",
+        "DatasetManager",
+        "PlacementGroupCleaner",
+        "PreemptionWatcher",
+    }
 
 
 def test_every_dev_row_counts_once_and_the_bundle_scores_as_it_was_measured(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import ray
 import ray.train
 from ray._raylet import PlacementGroupID
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -89,8 +90,9 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
 
 def _trainer_type() -> Any:
     """A TorchTrainer less the processes that it would start for nothing: one for datasets of Ray's,
-    which it gets none of, and where Ray ends with this process, those that look out for a machine
-    to be taken away and, by way of a dashboard that is not there, for its controller to die."""
+    which it gets none of; and where Ray ends with this process, those that look out for a machine
+    to be taken away, share machines with others and, by way of a dashboard that is not there, look
+    out for its controller to die."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.callbacks import datasets, placement_group_callback  # not public
 
@@ -100,13 +102,16 @@ def _trainer_type() -> Any:
         spared += (placement_group_callback.PlacementGroupCleanerCallback,)
 
     class Lean(TorchTrainer):
-        def fit(self) -> Any:
+        def _initialize_and_run_controller(self, **given: Any) -> Any:
+            given["callbacks"] = [each for each in given["callbacks"] if type(each) not in spared]
             if not own:
-                return super().fit()
+                return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
+            if type(given["scaling_policy"]) is FixedScalingPolicy:
+                given["scaling_policy"] = _Settled(given["scaling_policy"].scaling_config)
             before, asked = placement_group_table(), os.environ.get(WATCHER)
             os.environ[WATCHER] = asked or "0"  # its controller hears of that
             try:
-                return super().fit()
+                return super()._initialize_and_run_controller(**given)  # type: ignore[misc]
             except ray.exceptions.RayActorError:
                 _give_back(placement_group_table().keys() - before.keys())
                 raise
@@ -114,11 +119,15 @@ def _trainer_type() -> Any:
                 if asked is None:
                     del os.environ[WATCHER]
 
-        def _create_default_callbacks(self) -> list[Any]:
-            made = super()._create_default_callbacks()  # type: ignore[misc]  # mypy sees V1
-            return [callback for callback in made if not isinstance(callback, spared)]
-
     return Lean
+
+
+class _Settled(FixedScalingPolicy):
+    """Asks nobody for the workers that the machine has."""
+
+    def after_controller_start(self, _: Any) -> None: ...
+
+    def _maybe_send_resource_request(self) -> None: ...
 
 
 def _give_back(groups: Iterable[str]) -> None:
