@@ -70,8 +70,9 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
     except ray.train.WorkerGroupError as error:
         raise _cause(error) from error
     except ray.exceptions.RayActorError as error:
+        why = str(error).rpartition("Worker exit detail:")[2]  # all of it, where there is none
         raise RunError(
-            f"the process that drives the training workers died ({_line(error)}); the same command "
+            f"the process that drives the training workers died ({_line(why)}); the same command "
             "goes on from the last checkpoint"
         ) from error
     done: dict[str, Any] = result.return_value
@@ -151,5 +152,5 @@ def _cause(error: ray.train.WorkerGroupError) -> Exception:
     return error
 
 
-def _line(error: Exception) -> str:
+def _line(error: object) -> str:
     return " ".join(str(error).split())[:300]
