@@ -1,4 +1,4 @@
-"""What the ways to be fast do to scores: all rows of an archive, beside plain torch in float32.
+"""What the ways to be fast do to scores: all pictures of an archive, beside plain torch in float32.
 
     python benchmarks/labels.py ARCHIVE BUNDLE [BUNDLE ...] [--json]
 

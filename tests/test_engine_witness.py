@@ -71,11 +71,11 @@ def test_an_acquaintance_answers_who_begins_again_and_is_not_kept_alive() -> Non
     assert "53727" not in done.stderr, "Ray says that one of them may not begin again"
 
 
-if __name__ == "__main__":
-    told()
-
-
 def test_the_processes_of_small_actors_do_not_import_what_reads_datasets() -> None:
     modules = ", ".join(f"mmray.engine.{name}" for name in ("board", "careful", "losses", "pace"))
     code = f"import sys, {modules}; assert 'ray.data' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+if __name__ == "__main__":
+    told()
