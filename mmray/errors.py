@@ -73,3 +73,8 @@ class RunError(MmrayError):
     """The job ran and says no: verification failed, or the error budget was passed."""
 
     exit_code = 1
+
+
+def one_line(said: object) -> str:
+    """Its text without line breaks, 500 characters at most, for a message that quotes it."""
+    return " ".join(str(said).split())[:500]

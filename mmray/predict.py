@@ -20,7 +20,7 @@ from mmray.archive.rows import Sample
 from mmray.bundle import Bundle
 from mmray.config import Precision
 from mmray.counts import THRESHOLD
-from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError
+from mmray.errors import BadRow, BundleError, ConfigError, MmrayError, RunError, one_line
 from mmray.labels import joined
 from mmray.learn import autocast, collate, resolve_precision
 from mmray.memory import keep_freed_memory
@@ -196,7 +196,7 @@ class Predictor:
             if not _out_of_memory(error):
                 raise
             if len(batch) == 1:
-                what = _line(error)
+                what = one_line(error)
                 raise RunError(f"{self.device}: no memory to score even one row: {what}") from error
         # Out here the failed attempt's tensors are free.
         if self.device.type == "cuda":
@@ -241,7 +241,7 @@ class Predictor:
         except Exception:  # noqa: BLE001  # whatever it is, it is not the row's
             raise RunError(
                 f"the model fails on {self.device} whatever it is given: "
-                f"{type(error).__name__}: {_line(error)}"
+                f"{type(error).__name__}: {one_line(error)}"
             ) from error
 
     def _joined(self, parts: Sequence[Outputs]) -> Outputs:
@@ -346,7 +346,3 @@ def _out_of_memory(error: Exception) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(phrase in str(error) for phrase in _NO_MEMORY)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -28,7 +28,7 @@ from ray.exceptions import AuthenticationError
 import mmray
 from mmray.engine import one_machine, quiet
 from mmray.engine.one_machine import UNWATCHED, is_own
-from mmray.errors import ConfigError, MmrayError
+from mmray.errors import ConfigError, MmrayError, one_line
 from mmray.memory import ONE_HEAP
 
 #: What workers on other machines must know to reach the same storage. Credentials stay at home:
@@ -218,7 +218,7 @@ def _start(num_cpus: int | None, metrics_port: int | None) -> None:
         except Exception as error:
             ray.shutdown()
             if attempt == ATTEMPTS or "timed out" not in str(error):
-                raise MmrayError(f"Ray did not start on this machine: {_line(error)}") from error
+                raise MmrayError(f"Ray did not start on this machine: {one_line(error)}") from error
             log.warning("Ray took too long to start; trying again")
         else:
             atexit.register(disconnect)
@@ -295,7 +295,7 @@ def _join(address: str) -> None:
                 "none; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH) to what "
                 "`ray get-auth-token` prints on its head node"
             ) from error
-        raise MmrayError(f"cannot join the Ray cluster at {address}: {_line(error)}") from error
+        raise MmrayError(f"cannot join the Ray cluster at {address}: {one_line(error)}") from error
 
 
 def _wants_token(error: Exception) -> bool:
@@ -312,7 +312,3 @@ def _runtime_env() -> dict[str, Any]:
     if "working_dir" not in job:  # else Ray has brought it
         environment["py_modules"] = [str(Path(mmray.__file__).parent)]
     return environment
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())

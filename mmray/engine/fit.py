@@ -20,7 +20,7 @@ from mmray.engine import rundir
 from mmray.engine.board import Board
 from mmray.engine.one_machine import is_own
 from mmray.engine.workers import Workers
-from mmray.errors import MmrayError, RunError
+from mmray.errors import MmrayError, RunError, one_line
 from mmray.memory import ONE_HEAP
 
 if TYPE_CHECKING:
@@ -72,8 +72,8 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
     except ray.exceptions.RayActorError as error:
         why = str(error).rpartition("Worker exit detail:")[2]  # all of it, where there is none
         raise RunError(
-            f"the process that drives the training workers died ({_line(why)}); the same command "
-            "goes on from the last checkpoint"
+            f"the process that drives the training workers died ({one_line(why)}); the same "
+            "command goes on from the last checkpoint"
         ) from error
     done: dict[str, Any] = result.return_value
     if done["outcome"] == loop.STOPPED:
@@ -146,11 +146,7 @@ def _cause(error: ray.train.WorkerGroupError) -> Exception:
     for failure in failures:
         if isinstance(failure, ray.exceptions.RayError):
             return RunError(
-                f"a training worker was lost more than {WORKER_FAILURES} times ({_line(failure)}); "
-                "the same command goes on from the last checkpoint"
+                f"a training worker was lost more than {WORKER_FAILURES} times "
+                f"({one_line(failure)}); the same command goes on from the last checkpoint"
             )
     return error
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

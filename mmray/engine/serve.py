@@ -38,7 +38,7 @@ from mmray.engine.one_machine import is_own
 from mmray.engine.replicas import Ingress, Scorer, loaded
 from mmray.engine.routing import FewestOut
 from mmray.engine.turns import wait_for_turns
-from mmray.errors import ConfigError, MmrayError, RunError
+from mmray.errors import ConfigError, MmrayError, RunError, one_line
 from mmray.memory import ONE_HEAP
 from mmray.report.progress import Console
 from mmray.serving import card
@@ -211,7 +211,7 @@ def deploy(bundle: str, cfg: ServeConfig) -> float:
     try:
         serve.run(application({"bundle": bundle, "config": tree}), name=NAME, route_prefix="/")
     except RuntimeError as error:
-        why = _why() or _line(error)
+        why = _why() or one_line(error)
         if before is None:
             serve.delete(NAME)
         raise RunError(f"{bundle}: not served: {why}") from error
@@ -265,7 +265,7 @@ def _telling(console: Console) -> Iterator[None]:
         while not done.wait(TELL_S):
             found = serve.status().applications.get(NAME)
             waits = [] if found is None else [d.message for d in found.deployments.values()]
-            console.say("waiting for replicas to start " + _line(" ".join(waits)))
+            console.say("waiting for replicas to start " + one_line(" ".join(waits)))
 
     thread = threading.Thread(target=tell, daemon=True)
     thread.start()
@@ -303,8 +303,8 @@ def _why() -> str | None:
     for message in said:
         for line in reversed(message.splitlines()):
             if "Error: " in line:
-                return _line(line.partition("Error: ")[2])
-    return _line(found.message) or None
+                return one_line(line.partition("Error: ")[2])
+    return one_line(found.message) or None
 
 
 def _not_listening(cfg: ServeConfig, error: Exception) -> MmrayError:
@@ -314,12 +314,8 @@ def _not_listening(cfg: ServeConfig, error: Exception) -> MmrayError:
         return RunError(f"{found[2]}: HAProxy's counters cannot be there: {found[1]}; try again")
     return ConfigError(
         f"{cfg.host}:{cfg.port}: nothing can listen there: "
-        f"{_line(error) if found is None else found[1]}; give another address (--host, --port)"
+        f"{one_line(error) if found is None else found[1]}; give another address (--host, --port)"
     )
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:500]
 
 
 def _quiet() -> None:
