@@ -2,7 +2,8 @@
 
 A golden table has a chunk's columns, then ``p_<label>``. ``error`` and ``error_stage`` are the
 outcome: null where the pair must be scored, else why it must be set aside. Its metadata says how
-far a probability may be off (``tolerance``).
+far a probability may be off (``tolerance``), and which labels are in ``doubt`` in less than
+float32.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from mmray import doubt
 from mmray.archive import rows
 from mmray.archive.rows import Sample
 from mmray.errors import BundleError
@@ -27,7 +30,7 @@ IMAGE_BYTES = 256 * 1024  # larger pictures are golden only where all are larger
 #: MobileNetV2 0.021 by bfloat16, 0.12 by another resize, 0.14 by another normalisation, 0.29 by
 #: another text cleaning.
 NOISE, LEAST, MOST = 3.0, 0.01, 0.1
-TOLERANCE = b"tolerance"
+TOLERANCE, DOUBT = b"tolerance", b"doubt"
 
 
 def schema(labels: Sequence[str]) -> pa.Schema:
@@ -96,7 +99,23 @@ def with_tolerance(golden: pa.Table, rough: pa.Table, labels: Sequence[str]) -> 
     pairs = zip(golden.to_pylist(), rough.to_pylist(), strict=True)
     noise = max(difference(must, got, names) for must, got in pairs)
     allowed = min(MOST, max(LEAST, NOISE * noise))
-    return golden.replace_schema_metadata({TOLERANCE: f"{allowed:.4f}"})
+    return _noted(golden, TOLERANCE, allowed)
+
+
+def with_doubt(
+    golden: pa.Table, exact: pa.Table, rough: pa.Table, labels: Sequence[str], *, several: bool
+) -> pa.Table:
+    """``golden`` with the ``doubt.limit`` of a precision that makes ``rough`` of the scores of some
+    rows that are ``exact`` in float32."""
+    names = rows.probability_columns(labels)
+    both = [np.stack([t[name].to_numpy() for name in names], axis=1) for t in (exact, rough)]
+    return _noted(golden, DOUBT, doubt.limit(*both, several=several))
+
+
+def _noted(golden: pa.Table, name: bytes, value: float) -> pa.Table:
+    return golden.replace_schema_metadata(
+        {**(golden.schema.metadata or {}), name: f"{value:.4g}".encode()}
+    )
 
 
 def _doubtful(
@@ -117,6 +136,12 @@ def _doubtful(
 def tolerance(golden: pa.Table) -> float:
     """The largest difference of probabilities that ``golden`` allows."""
     return float(golden.schema.metadata[TOLERANCE])
+
+
+def doubtful(golden: pa.Table | None) -> float:
+    """The ``doubt.limit`` of the precision the bundle computes in; 0 where it has none."""
+    noted = (golden.schema.metadata if golden is not None else None) or {}
+    return float(noted.get(DOUBT, 0.0))
 
 
 def inputs(golden: pa.Table) -> list[Sample]:

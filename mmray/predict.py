@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from mmray import golden
+from mmray import doubt, golden
 from mmray.archive import rows
 from mmray.archive.rows import Sample
 from mmray.bundle import Bundle
@@ -51,6 +51,7 @@ class Scored:
 
     table: pa.Table
     seconds_predict: float  # the model, transfers included
+    decided: int  # rows whose scores are those of float32, see Predictor
 
 
 class Predictor:
@@ -59,6 +60,9 @@ class Predictor:
     The same samples in one call give the same scores whatever was scored before: batches are cut
     by position, and nothing is learned from earlier ones but how many rows memory holds. Not
     for use from several threads at once, except ``prepare``.
+
+    Labels are those of float32: where a lower precision leaves a row's label in doubt, see
+    ``doubt``, the row is scored in float32, by a second model that is built for the first such row.
     """
 
     def __init__(
@@ -69,11 +73,13 @@ class Predictor:
         *,
         batch_size: int | None = None,
         threads: int | None = None,
+        decide: bool = True,
     ) -> None:
         """``device``: auto, cpu, cuda or cuda:N. ``precision``: None is what it was trained in, as
         ``train.precision`` had it, with convolutions in 8 bits where the bundle was quantized and
         the CPU multiplies such. ``batch_size``: rows a forward pass; None: what suits the device,
-        and its memory. ``threads``: of torch, in the whole process; None: as they are.
+        and its memory. ``threads``: of torch, in the whole process; None: as they are. ``decide``:
+        False leaves labels that are in doubt as they are.
 
         Raises ConfigError for a device that is not there, BundleError for weights that do not fit.
         """
@@ -102,6 +108,10 @@ class Predictor:
         if on_cpu:
             fuse(self._model, bf16=bf16)
             keep_freed_memory()
+        lower = self.precision != "float32" or self.int8
+        self._doubt = golden.doubtful(bundle.golden) if decide and lower else 0.0
+        self._bundle = bundle if self._doubt else None  # until the exact one is built of it
+        self._exact: Predictor | None = None
         self._blank = _blank(bundle)
         if not on_cpu:
             self._batch([self._blank] * self.batch_size)  # finds what fits, before the first row
@@ -121,7 +131,9 @@ class Predictor:
     def forward(self, prepared: Sequence[Prepared]) -> Outputs:
         """Score prepared rows in batches. An error is that of the model or the device and raises;
         out of memory, a batch is run again in halves."""
-        return self._joined([self._batch(batch) for _, batch in self._batches(prepared)])
+        outputs = self._joined([self._batch(batch) for _, batch in self._batches(prepared)])
+        self._decide(prepared, outputs)
+        return outputs
 
     # --- whole chunks ------------------------------------------------------------------------
 
@@ -145,13 +157,21 @@ class Predictor:
         ready = [row for row in prepared if row is not None]
         errors = {i: fault(samples[i]) for i, row in enumerate(prepared) if row is None}
         outputs, faults = self._forward_rows(ready)
+        decided = self._decide(ready, outputs)
         errors |= {at[i]: fault for i, fault in faults.items()}
         table = self._table(samples, at, outputs, errors, embeddings)
-        return Scored(table, time.perf_counter() - began)
+        return Scored(table, time.perf_counter() - began, decided)
 
     def score_table(self, samples: Sequence[Sample], *, embeddings: bool = False) -> pa.Table:
         """The table of ``score``: ``rows.scores_schema(labels)``, a row a sample, in order."""
         return self.score(samples, embeddings=embeddings).table
+
+    def build_exact(self) -> None:
+        """Build now what the first row in doubt needs, if a row can be: it takes as long as this
+        Predictor did."""
+        if self._bundle is not None:
+            self._exact = Predictor(self._bundle, str(self.device), "float32")
+            self._bundle = None
 
     def check_golden(self) -> float:
         """Score the bundle's golden pairs; the largest difference from what they must give.
@@ -244,6 +264,20 @@ class Predictor:
                 f"{type(error).__name__}: {one_line(error)}"
             ) from error
 
+    def _decide(self, prepared: Sequence[Prepared], outputs: Outputs) -> int:
+        """Put the outputs of float32 in the place of those of rows in doubt; says of how many."""
+        close = doubt.closeness(outputs.probabilities, several=self._several) < self._doubt
+        at = np.flatnonzero(close)
+        if not len(at):
+            return 0
+        self.build_exact()
+        assert self._exact is not None
+        exact, faults = self._exact._forward_rows([prepared[i] for i in at.tolist()])
+        there = np.array([i not in faults for i in range(len(at))])
+        outputs.probabilities[at[there]] = exact.probabilities[there]
+        outputs.embeddings[at[there]] = exact.embeddings[there]
+        return int(there.sum())
+
     def _joined(self, parts: Sequence[Outputs]) -> Outputs:
         if not parts:
             return self._nothing(0)
@@ -306,14 +340,18 @@ def golden_table(bundle: Bundle, samples: Sequence[Sample]) -> pa.Table:
     ``Bundle.save``.
 
     Scored on the CPU in float32, the reference that every device is compared with; and in bfloat16,
-    for the tolerance. Raises BundleError when no sample can be scored.
+    for the tolerance and what leaves labels in doubt. Raises BundleError when no sample can be
+    scored.
     """
     some = golden.candidates(samples)
     scores = Predictor(bundle, "cpu", "float32").score_table(some)
     several = bundle.task == "multilabel"
     chosen = golden.choose(some, scores, bundle.labels, several=several)
-    rough = Predictor(bundle, "cpu", "bf16").score_table(golden.inputs(chosen))
-    return golden.with_tolerance(chosen, rough, bundle.labels)
+    lower = Predictor(bundle, "cpu", "bf16", decide=False)
+    rough = lower.score_table(golden.inputs(chosen))
+    chosen = golden.with_tolerance(chosen, rough, bundle.labels)
+    rough = lower.score_table(some)
+    return golden.with_doubt(chosen, scores, rough, bundle.labels, several=several)
 
 
 def _device(name: str) -> torch.device:

@@ -109,10 +109,14 @@ def quantize(
         raise ConfigError(f"{archive}: none of {len(seen)} pairs has a picture to look at")
     made = replace(bundle, int8=json.dumps(ranges, indent=1, sort_keys=True))
     _check_golden(made, uri, archive)
+    assert made.golden is not None
     progress(f"scoring the other {len(compared):,}")
     float32 = _scored(Predictor(bundle, "cpu", "float32"), compared)[0]
+    rough = _scored(Predictor(made, "cpu", decide=False), compared)[0]
+    several = made.task == "multilabel"
+    noted = golden.with_doubt(made.golden, float32, rough, made.labels, several=several)
+    made = replace(made, golden=noted)
     before, after = (_arm(Predictor(b, "cpu"), compared, float32) for b in (bundle, made))
-    assert made.golden is not None
     found = {"of": bundle.fingerprint, "before": asdict(before), "after": asdict(after)}
     saved = replace(made, metrics={**made.metrics, "quantized": found}).save(
         out, golden=made.golden
@@ -195,6 +199,7 @@ def _check_golden(made: Bundle, uri: str, archive: str) -> None:
 def _scored(predictor: Predictor, pairs: Pairs) -> tuple[pa.Table, float]:
     """Scores, and seconds of the model."""
     samples, prepared = map(list, zip(*pairs, strict=True))
+    predictor.build_exact()
     predictor.forward(prepared[:BATCH])  # kernels are made in the first call
     scored = predictor.score(samples, prepared)
     return scored.table, scored.seconds_predict

@@ -47,6 +47,7 @@ ROOMS = (
     "metrics",
     "bundle",
     "golden",
+    "doubt",
     "near",
     "labels",
     "groups",

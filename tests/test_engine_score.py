@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ import tiny
 from ray import cloudpickle
 
 from mmray import bundle as bundles
-from mmray import ledger, storage, targets
+from mmray import golden, ledger, storage, targets
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
 from mmray.engine import dataflow, guard, passes
@@ -133,6 +134,20 @@ class TestOneRun:
         assert verify(str(out)).ok
         again, findings = rescore(str(out))
         assert again and not findings
+
+    def test_a_run_says_how_many_rows_were_decided_in_float32(
+        self, bundle: str, archive: Path, tmp_path: Path
+    ) -> None:
+        """They are what a run in bfloat16 is slower by."""
+        made = bundles.load(bundle)
+        assert made.golden is not None
+        everything = {**made.golden.schema.metadata, golden.DOUBT: b"100"}
+        train = made.training.train.model_copy(update={"precision": "bf16"})
+        doubtful = replace(made, training=made.training.model_copy(update={"train": train}))
+        doubtful.save(str(tmp_path / "b"), golden=made.golden.replace_schema_metadata(everything))
+        summary = run(str(tmp_path / "b"), archive, tmp_path / "out")
+        assert summary["decided_in_float32"] == summary["scored"] > 0
+        assert "decided in float32" in (tmp_path / "out" / ledger.REPORT).read_text()
 
     @pytest.mark.parametrize("kind", ["tar", "parquet"])
     def test_readers_share_a_shard_far_larger_than_the_others(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from mmray import bundle as bundles
-from mmray import golden, preprocess
+from mmray import doubt, golden, preprocess
 from mmray.archive import rows
 from mmray.archive.rows import Sample
 from mmray.bundle import Bundle
@@ -495,3 +495,73 @@ class TestGolden:
     def test_a_bundle_of_pairs_that_cannot_be_scored_is_not_made(self, made: Bundle) -> None:
         with pytest.raises(BundleError, match="none of 1 samples can be scored: no image"):
             golden_table(made, [replace(pair(0), image=None)])
+
+
+def in_doubt(bundle: Bundle, limit: float) -> Bundle:
+    """The bundle in bfloat16, with another limit of what leaves a label in doubt."""
+    train = bundle.training.train.model_copy(update={"precision": "bf16"})
+    assert bundle.golden is not None
+    noted = {golden.TOLERANCE: str(golden.tolerance(bundle.golden)), golden.DOUBT: str(limit)}
+    return replace(
+        bundle,
+        training=bundle.training.model_copy(update={"train": train}),
+        golden=bundle.golden.replace_schema_metadata(noted),
+    )
+
+
+class TestDoubt:
+    def test_rows_in_doubt_have_the_scores_of_float32_and_all_others_their_own(
+        self, made: Bundle
+    ) -> None:
+        samples = [pair(row) for row in range(40)]
+        exact, rough = (
+            Predictor(made, "cpu", precision, decide=False).score_table(samples, embeddings=True)
+            for precision in ("float32", "bf16")
+        )
+        scores = probabilities(rough)
+        close = np.sort(doubt.closeness(scores, several=False))
+        limit = float(close[10] + close[11]) / 2
+        scored = Predictor(in_doubt(made, limit), "cpu").score(samples, embeddings=True)
+        assert scored.decided == 11
+        decided = doubt.closeness(scores, several=False) < limit
+        for column in scored.table.column_names:
+            if column.startswith("p_"):
+                got = scored.table[column].to_numpy()
+                np.testing.assert_array_equal(got[~decided], rough[column].to_numpy()[~decided])
+                near = exact[column].to_numpy()[decided]
+                np.testing.assert_allclose(got[decided], near, rtol=0, atol=1e-6)
+        labels = scored.table[rows.LABEL].to_numpy(zero_copy_only=False)
+        wanted = exact[rows.LABEL].to_numpy(zero_copy_only=False)
+        assert (labels[decided] == wanted[decided]).all()
+        vectors = [np.stack(t[rows.EMBEDDING].to_pylist()) for t in (scored.table, exact)]
+        np.testing.assert_allclose(vectors[0][decided], vectors[1][decided], rtol=0, atol=1e-2)
+
+    def test_both_ways_to_score_decide(self, made: Bundle) -> None:
+        predictor = Predictor(in_doubt(made, 100.0), "cpu")
+        samples = [pair(row) for row in range(8)]
+        scored = predictor.score(samples)
+        assert scored.decided == 8
+        alone = predictor.forward([predictor.prepare(sample) for sample in samples])
+        np.testing.assert_array_equal(alone.probabilities, probabilities(scored.table))
+
+    @pytest.mark.parametrize("limit", [0.0, 1e-9])
+    def test_no_second_model_is_built_before_it_is_needed(
+        self, made: Bundle, limit: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        predictor = Predictor(in_doubt(made, limit), "cpu")
+        monkeypatch.setattr(Bundle, "build_model", lambda bundle: pytest.fail("built"))
+        assert predictor.score([pair(row) for row in range(8)]).decided == 0
+
+    def test_in_float32_nothing_is_in_doubt(self, made: Bundle) -> None:
+        bundle = in_doubt(made, 100.0)
+        assert Predictor(bundle, "cpu", "float32").score([pair(0)]).decided == 0
+
+    def test_a_bundle_says_what_bfloat16_leaves_in_doubt(self, made: Bundle) -> None:
+        assert 0 < golden.doubtful(made.golden) < 1
+
+    def test_of_a_bundle_that_does_not_say_nothing_is_in_doubt(self, made: Bundle) -> None:
+        bundle = in_doubt(made, 0.0)
+        assert bundle.golden is not None
+        noted = {golden.TOLERANCE: bundle.golden.schema.metadata[golden.TOLERANCE]}
+        older = replace(bundle, golden=bundle.golden.replace_schema_metadata(noted))
+        assert Predictor(older, "cpu").score([pair(row) for row in range(8)]).decided == 0

@@ -276,6 +276,7 @@ class Job(ABC):
             steps = "  ".join(f"{step} {seconds:.1f}s" for step, seconds in meter.start.items())
             self._console.say(f"first rows after {meter.seconds:.1f}s: {steps}")
         meter.take(count, receipt["set_aside"], size)
+        meter.decided += receipt["decided"]
         for stage in STAGES:
             meter.spend(stage, receipt[f"{stage}_s"])
         self.budget.take(count, receipt["set_aside"])

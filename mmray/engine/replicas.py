@@ -72,6 +72,7 @@ class Scorer:
         bundle = loaded(uri, fingerprint)
         self._predictor = Predictor(bundle, batch_size=score.batch_rows)
         self._difference = self._predictor.check_golden()
+        self._predictor.build_exact()
         self._predictor.preprocessor = card.preprocessor_of(bundle, cfg)
         self._pulse = self._pulse_of(bundle)
         # The model is one thread's; the event loop stays free to answer health checks.

@@ -28,7 +28,7 @@ from mmray.targets import Target, Targets
 COMMITS_AT_ONCE = 8  # threads; each reads and writes storage
 
 #: One a chunk, and one for the end of every shard (``total`` set). ``failure`` stops the run.
-#: ``covers``: the chunk's rows, as the starts and stops of intervals.
+#: ``covers``: the chunk's rows, as the starts and stops of intervals. ``decided``: by float32.
 RECEIPT_SCHEMA = pa.schema(
     [
         ("shard", pa.string()),
@@ -40,6 +40,7 @@ RECEIPT_SCHEMA = pa.schema(
         ("failure", pa.string()),
         ("covers", pa.list_(pa.int64())),
         ("set_aside", pa.int64()),
+        ("decided", pa.int64()),
         ("bytes", pa.int64()),
         ("read_s", pa.float64()),
         ("decode_s", pa.float64()),
@@ -137,6 +138,7 @@ class Scorer:
         return {
             "covers": [row for interval in covers for row in interval],
             "set_aside": len(samples) - scored.table.column(rows.ERROR).null_count,
+            "decided": scored.decided,
             "predict_s": scored.seconds_predict,
             "write_s": time.perf_counter() - began,
         }

@@ -91,7 +91,10 @@ class FusionModel(nn.Module):
             fused_BD = self.fusion(features[0].pooled)
         else:
             fused_BD = self.fusion(*features)
-        return self.head(fused_BD).float(), fused_BD.float()
+        embedding_BD = fused_BD.float()
+        # In bfloat16 logits of 2 lie 0.016 apart: rows would tie, and the first label win.
+        with torch.autocast(embedding_BD.device.type, enabled=False):
+            return self.head(embedding_BD), embedding_BD
 
     def _see(
         self, pixels: Tensor | None, pictured_B: Tensor | None, tokens: Tensor | None

@@ -53,9 +53,11 @@ def for_inference(
 
 def round_weights(model: nn.Module) -> None:
     """Keep what autocast would round to bfloat16 in every batch so, in place; it keeps no rounded
-    weights where no gradient is asked for. What is computed stays the same to the bit."""
+    weights where no gradient is asked for. What is computed stays the same to the bit: the head of
+    a FusionModel is beyond autocast."""
+    exact = set(model.head.modules()) if isinstance(model, FusionModel) else set()
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.Linear)) and module not in exact:
             module.to(torch.bfloat16)
 
 

@@ -100,6 +100,7 @@ class Meter:
     done_shards: int = 0
     rows: int = 0
     set_aside: int = 0
+    decided: int = 0  # rows whose label was in doubt: scored in float32
     resumed_bytes: int = 0
     stages: dict[str, float] = field(default_factory=dict)
     start: dict[str, float] = field(default_factory=dict)  # seconds of each step to the first rows

@@ -95,8 +95,9 @@ def write_summary(out: str, run: Run, totals: Totals, meter: Meter) -> dict[str,
     """Write and return the summary of a run whose committed shards come to ``totals``.
 
     The ``meter`` of this command gives its ``seconds``, after how many of them the first rows were
-    scored, and by which steps (``start``), the rows a second from then on, its workers' seconds by
-    stage, and the S3 requests that were asked again, by cause.
+    scored, and by which steps (``start``), the rows a second from then on, how many of its rows
+    were decided in float32, its workers' seconds by stage, and the S3 requests that were asked
+    again, by cause.
     """
     return _write(out, totals.summary(run) | _times(meter))
 
@@ -124,7 +125,16 @@ def _write(out: str, summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-TIMES = ("seconds", "first_rows_s", "recovery_s", "rows_per_second", "start", "stages", "retries")
+TIMES = (
+    "seconds",
+    "first_rows_s",
+    "recovery_s",
+    "rows_per_second",
+    "decided_in_float32",
+    "start",
+    "stages",
+    "retries",
+)
 
 
 def _times(meter: Meter) -> dict[str, Any]:
@@ -133,6 +143,7 @@ def _times(meter: Meter) -> dict[str, Any]:
         None if meter.first_rows_s is None else round(meter.first_rows_s, 3),
         round(meter.recovery_s, 3),
         round(meter.rate, 3),
+        meter.decided,
         {step: round(spent, 3) for step, spent in meter.start.items()},
         {stage: round(spent, 3) for stage, spent in meter.stages.items()},
         dict(meter.retries.most_common()),
@@ -168,6 +179,8 @@ def render(summary: Mapping[str, Any]) -> str:
     ]
     if lost := summary.get("recovery_s"):
         facts.append(("of it for what lost its worker", duration(lost)))
+    if decided := summary.get("decided_in_float32"):
+        facts.append(("of them decided in float32", f"{decided:,}"))
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>mmray scoring run</title>",
         f"<style>{_STYLE}</style><h1>Scoring run</h1><div class=facts>",
