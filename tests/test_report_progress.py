@@ -62,6 +62,15 @@ def test_the_time_until_the_first_rows_is_not_held_against_the_rest() -> None:
     assert "10 rows/s" in meter.line() and "ETA 4s" in meter.line()
 
 
+def test_it_says_when_rows_in_doubt_are_what_makes_a_run_slow() -> None:
+    meter = Meter(total_bytes=1000, total_shards=1)
+    meter.take(100, 0, 100)
+    meter.decided = 5
+    assert "float32" not in meter.line()
+    meter.decided = 60
+    assert "in float32 60%" in meter.line()
+
+
 def test_a_log_has_the_first_and_the_last_line_of_a_tally_and_few_between() -> None:
     log = io.StringIO()
     tally = Tally(Console(log), "pairs packed")

@@ -11,6 +11,7 @@ from typing import TextIO
 
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 10.0
 WIPE = "\r\x1b[2K"
+MUCH_DOUBT = 0.05  # of rows decided in float32: from here on that is why a run is slow
 
 
 class Console:
@@ -161,8 +162,13 @@ class Meter:
         return (
             f"{share:4.0%}  rows {self.rows:,} of {estimate}  "
             f"shards {self.done_shards:,}/{self.total_shards:,}  {self.rate:,.0f} rows/s  "
-            f"ETA {eta}  set aside {self.set_aside:,}{self._bottleneck()}"
+            f"ETA {eta}  set aside {self.set_aside:,}{self._doubt()}{self._bottleneck()}"
         )
+
+    def _doubt(self) -> str:
+        """What makes an archive slow on which the model can hardly decide."""
+        share = self.decided / self.rows if self.rows else 0.0
+        return f"  in float32 {share:.0%}" if share > MUCH_DOUBT else ""
 
     def _bottleneck(self) -> str:
         total = sum(self.stages.values())
