@@ -180,7 +180,7 @@ def render(summary: Mapping[str, Any]) -> str:
     if lost := summary.get("recovery_s"):
         facts.append(("of it for what lost its worker", duration(lost)))
     if decided := summary.get("decided_in_float32"):
-        facts.append(("of them decided in float32", f"{decided:,}"))
+        facts.append(("rows decided in float32", f"{decided:,}"))
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>mmray scoring run</title>",
         f"<style>{_STYLE}</style><h1>Scoring run</h1><div class=facts>",
