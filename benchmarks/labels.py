@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from _arms import BATCH, Model
 
-from mmray.archive.rows import Sample, probability_columns
+from mmray.archive.rows import Sample, probabilities
 from mmray.archive.shards import list_shards, read_shard
 from mmray.bundle import load
 from mmray.config import Precision
@@ -109,8 +109,8 @@ def _scored(predictor: Predictor, pairs: Pairs) -> Scores:
     predictor.build_exact()
     predictor.forward(prepared[:BATCH])  # kernels are made in the first call
     scored = predictor.score(samples, prepared)
-    columns = [scored.table[name].to_numpy() for name in probability_columns(predictor.labels)]
-    return Scores(np.stack(columns, axis=1), scored.seconds_predict, scored.decided)
+    scores = probabilities(scored.table, predictor.labels)
+    return Scores(scores, scored.seconds_predict, scored.decided)
 
 
 def _way(name: str, scored: Scores, float32: Scores, plain: Scores) -> Way:

@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from mmray import doubt
@@ -107,8 +106,7 @@ def with_doubt(
 ) -> pa.Table:
     """``golden`` with the ``doubt.limit`` of a precision that makes ``rough`` of the scores of some
     rows that are ``exact`` in float32."""
-    names = rows.probability_columns(labels)
-    both = [np.stack([t[name].to_numpy() for name in names], axis=1) for t in (exact, rough)]
+    both = (rows.probabilities(table, labels) for table in (exact, rough))
     return _noted(golden, DOUBT, doubt.limit(*both, several=several))
 
 

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import torch
 
@@ -207,10 +206,10 @@ def _scored(predictor: Predictor, pairs: Pairs) -> tuple[pa.Table, float]:
 
 def _arm(predictor: Predictor, pairs: Pairs, float32: pa.Table) -> Arm:
     table, seconds = _scored(predictor, pairs)
-    names = rows.probability_columns(predictor.labels)
-    off = np.abs(_columns(table, names) - _columns(float32, names)).max(axis=1)
+    scores, exact = (rows.probabilities(t, predictor.labels) for t in (table, float32))
+    off = np.abs(scores - exact).max(axis=1)
     off = off[np.isfinite(off)]  # of rows that both could score
-    changed = _columns(table, [rows.LABEL]) != _columns(float32, [rows.LABEL])
+    changed = table[rows.LABEL].to_numpy() != float32[rows.LABEL].to_numpy()
     return Arm(
         predictor.computes_in,
         int(changed.sum()),
@@ -218,7 +217,3 @@ def _arm(predictor: Predictor, pairs: Pairs, float32: pa.Table) -> Arm:
         float(off.max()) if len(off) else 0.0,
         len(pairs) / seconds,
     )
-
-
-def _columns(table: pa.Table, names: Sequence[str]) -> npt.NDArray[Any]:
-    return np.stack([table[name].to_numpy() for name in names], axis=1)

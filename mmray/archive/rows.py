@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 SHARD, ROW, KEY = "shard", "row", "key"
@@ -165,6 +166,11 @@ def begins_chunk(row: int, max_rows: int) -> bool:
 def probability_columns(labels: Sequence[str]) -> list[str]:
     """Names of the probability columns, in the order of ``labels``."""
     return [PROBABILITY + label for label in labels]
+
+
+def probabilities(scores: pa.Table, labels: Sequence[str]) -> npt.NDArray[np.float32]:
+    """Those of a table of scores, float32 [rows, labels]; NaN for rows that have none."""
+    return np.stack([scores[name].to_numpy() for name in probability_columns(labels)], axis=1)
 
 
 def scores_schema(labels: Sequence[str], embedding_dim: int | None = None) -> pa.Schema:
