@@ -136,7 +136,7 @@ def tolerance(golden: pa.Table) -> float:
     return float(golden.schema.metadata[TOLERANCE])
 
 
-def doubtful(golden: pa.Table | None) -> float:
+def doubt_limit(golden: pa.Table | None) -> float:
     """The ``doubt.limit`` of the precision the bundle computes in; 0 where it has none."""
     noted = (golden.schema.metadata if golden is not None else None) or {}
     return float(noted.get(DOUBT, 0.0))

@@ -109,7 +109,7 @@ class Predictor:
             fuse(self._model, bf16=bf16)
             keep_freed_memory()
         lower = self.precision != "float32" or self.int8
-        self._doubt = golden.doubtful(bundle.golden) if decide and lower else 0.0
+        self._doubt = golden.doubt_limit(bundle.golden) if decide and lower else 0.0
         self._bundle = bundle if self._doubt else None  # until the exact one is built of it
         self._exact: Predictor | None = None
         self._blank = _blank(bundle)

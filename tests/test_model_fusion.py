@@ -87,6 +87,15 @@ def test_the_embedding_is_what_the_head_is_given() -> None:
     torch.testing.assert_close(model.head(embedding), logits)
 
 
+def test_logits_are_no_coarser_than_float32_in_bfloat16() -> None:
+    """Rows would tie, and the first label win."""
+    model = build_model(spec_of()).eval()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits, _ = model(*inputs())
+    assert logits.dtype == torch.float32
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
 def test_the_same_seed_gives_the_same_model() -> None:
     def built(seed: int) -> FusionModel:
         torch.manual_seed(seed)

@@ -557,7 +557,7 @@ class TestDoubt:
         assert Predictor(bundle, "cpu", "float32").score([pair(0)]).decided == 0
 
     def test_a_bundle_says_what_bfloat16_leaves_in_doubt(self, made: Bundle) -> None:
-        assert 0 < golden.doubtful(made.golden) < 1
+        assert 0 < golden.doubt_limit(made.golden) < 1
 
     def test_of_a_bundle_that_does_not_say_nothing_is_in_doubt(self, made: Bundle) -> None:
         bundle = in_doubt(made, 0.0)

@@ -67,6 +67,8 @@ class TestQuantize:
         assert quantized.check_golden() > floats.check_golden()
         assert quantized.golden == floats.golden, "and what they must give, within what tolerance"
         assert golden.tolerance(quantized.golden) == golden.tolerance(floats.golden)
+        noted = [golden.doubt_limit(predictor.golden) for predictor in (quantized, floats)]
+        assert min(noted) > 0 and noted[0] != noted[1], "what 8 bits leave in doubt is its own"
         before, after = scores(floats, archive), scores(quantized, archive)
         assert before.std() > 0.02, "or nothing could be told"
         assert 0 < np.abs(before - after).max() < 0.02
