@@ -111,6 +111,9 @@ def limit(bundle: str, archive: str, out: str) -> dict[str, float]:
 
 def lowered(bundle: str, archive: str, out: str) -> dict[str, float]:
     """Bare processes, one a core, with mmray's Predictor and nothing around it."""
+    from mmray.memory import HEAP
+
+    os.environ.update(HEAP)  # they hold their memory as mmray's do
     return _processes(_lowered_worker, bundle, archive, out)
 
 

@@ -51,6 +51,8 @@ from _corpus import caption, pictures, write_bundle
 from _load import apart as load
 from _load import write_bodies
 
+from mmray.memory import HEAP
+
 ARMS = ("predictor", "mmray", "fastapi", "litserve")
 ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
@@ -121,7 +123,8 @@ def run(
     """One turn of an arm; in the ``last`` mmray is looked at under all other loads, too."""
     if arm == "predictor":
         command = [sys.executable, HERE / "_servers.py", arm, bundle, bodies, str(args.seconds)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        held = os.environ | HEAP  # as mmray's own processes hold their memory
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=held)
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
         return result
     with server(arm, bundle, args.replicas) as (process, port):

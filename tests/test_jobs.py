@@ -246,7 +246,8 @@ found = cluster.connect()
 @ray.remote(num_cpus=0)
 def seen():
     import os, mmray
-    return os.environ["AWS_ENDPOINT_URL"], os.environ["AWS_SECRET_ACCESS_KEY"], mmray.__file__
+    names = "AWS_ENDPOINT_URL", "AWS_SECRET_ACCESS_KEY", "GLIBC_TUNABLES"
+    return *(os.environ[name] for name in names), mmray.__file__
 
 most = [found.max_cpus, found.max_gpus]
 print(json.dumps([found.cpus, *most, *ray.get(seen.remote())]))
@@ -272,8 +273,10 @@ def test_a_command_beside_the_cluster_joins_it_with_its_code_and_endpoint_but_no
         [sys.executable, "-c", JOIN], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert joined.returncode == 0, joined.stderr
-    cpus, max_cpus, max_gpus, endpoint, key, code = json.loads(joined.stdout.splitlines()[-1])
+    told = json.loads(joined.stdout.splitlines()[-1])
+    cpus, max_cpus, max_gpus, endpoint, key, heap, code = told
     assert (cpus, endpoint, key) == (2, "http://storage.example", "test"), "the node's own key"
+    assert "hugetlb" in heap, "it computes slower in small pages"
     assert (max_cpus, max_gpus) == (24 * 16, 8), "cluster.yaml may grow to this"
     assert Path(code).parent != ROOT / "mmray", "the nodes' own mmray, perhaps an older one"
 

@@ -29,7 +29,7 @@ import mmray
 from mmray.engine import one_machine, quiet
 from mmray.engine.one_machine import UNWATCHED, is_own
 from mmray.errors import ConfigError, MmrayError, one_line
-from mmray.memory import ONE_HEAP
+from mmray.memory import HEAP
 
 #: What workers on other machines must know to reach the same storage. Credentials stay at home:
 #: nodes of a cluster have a role, or their own environment.
@@ -148,7 +148,7 @@ def prepare_to_serve(*, counted: bool = False) -> None:
     a cluster that is joined has its own environment. ``counted``: there is a metrics port."""
     if not ray.is_initialized() and _find_cluster() is None:
         ports = _ports_of_its_own()
-        for name, value in (SERVING | ONE_HEAP | ports | ({} if counted else UNCOUNTED)).items():
+        for name, value in (SERVING | ports | ({} if counted else UNCOUNTED)).items():
             os.environ.setdefault(name, value)
 
 
@@ -191,6 +191,8 @@ def _workers() -> list[psutil.Process]:
 
 def _start(num_cpus: int | None, metrics_port: int | None) -> None:
     """Start Ray here; its workers inherit this process's environment and import path."""
+    for name, value in HEAP.items():
+        os.environ.setdefault(name, value)
     if metrics_port is None:
         for name, value in UNWATCHED.items():
             os.environ.setdefault(name, value)
@@ -305,9 +307,8 @@ def _wants_token(error: Exception) -> bool:
 
 def _runtime_env() -> dict[str, Any]:
     """What workers elsewhere need of this process: where storage is, and this very mmray."""
-    environment: dict[str, Any] = {
-        "env_vars": {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    }
+    passed_on = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    environment: dict[str, Any] = {"env_vars": HEAP | passed_on}
     job = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env") or {}
     if "working_dir" not in job:  # else Ray has brought it
         environment["py_modules"] = [str(Path(mmray.__file__).parent)]

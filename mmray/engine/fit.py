@@ -21,7 +21,6 @@ from mmray.engine.board import Board
 from mmray.engine.one_machine import is_own
 from mmray.engine.workers import Workers
 from mmray.errors import MmrayError, RunError, one_line
-from mmray.memory import ONE_HEAP
 
 if TYPE_CHECKING:
     from mmray.engine.loop import Job
@@ -60,7 +59,6 @@ def fit(job: Job, workers: Workers, board: Board) -> dict[str, Any]:
                 max_failures=WORKER_FAILURES, max_preemption_failures=-1
             ),
             logging_config=api.LoggingConfig(log_level="ERROR"),
-            worker_runtime_env={"env_vars": ONE_HEAP},  # Ray Train runs the loop in a thread
         ),
     )
     try:

@@ -39,7 +39,7 @@ from mmray.engine.replicas import Ingress, Scorer, loaded
 from mmray.engine.routing import FewestOut
 from mmray.engine.turns import wait_for_turns
 from mmray.errors import ConfigError, MmrayError, RunError, one_line
-from mmray.memory import ONE_HEAP
+from mmray.memory import HEAP
 from mmray.report.progress import Console
 from mmray.serving import card
 from mmray.serving.settings import Replicas, ServeConfig
@@ -138,7 +138,7 @@ def config_file(bundle: str, cfg: ServeConfig) -> str:
     """The YAML that `serve deploy` takes; every value that is not its default is in it."""
     read_manifest(bundle)  # a bundle that is not there is found now
     passed_on = {name: os.environ[name] for name in cluster.PASSED_ON if name in os.environ}
-    environment = {"env_vars": ONE_HEAP | passed_on}  # a replica computes in a thread
+    environment = {"env_vars": HEAP | passed_on}
     tree = {
         "proxy_location": "EveryNode",
         "http_options": _http(cfg),
