@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [--rows 16384] [--encoder resnet18] [--json]
 
 ``decode_limit``: bare processes, one a core, that turn JPEGs of 512 px into pixels and tokens.
-``model_only``: one process that scores prepared rows, transfers to the device included.
+``model_only``: one process that scores prepared rows, transfers to the device included, of which
+``decided`` (a share) in float32 once more.
 ``end_to_end``: `mmray score` in steady state, left out where Ray is not installed.
 ``over_limit``: the last over the smaller of the others. Without a GPU it only says so.
 """
@@ -58,7 +59,7 @@ def _measure(root: Path, args: argparse.Namespace) -> dict[str, object]:
     found: dict[str, object] = {"cores": os.cpu_count(), "decode_limit": _decode(bundle, samples)}
     predictor = Predictor(load(str(bundle)), device=args.device)
     found |= {"batch_size": predictor.batch_size, "precision": predictor.precision}
-    found["model_only"] = _model(predictor, samples)
+    found |= _model(predictor, samples)
     if args.device == "cuda":
         found["device"] = torch.cuda.get_device_name()
         del predictor
@@ -88,14 +89,14 @@ def _decode_worker(bundle: str, samples: Sequence[Sample]) -> float:
     return done / spent
 
 
-def _model(predictor: Predictor, samples: Sequence[Sample]) -> float:
-    prepared = [predictor.prepare(sample) for sample in samples[:256]]
-    predictor.forward(prepared)
+def _model(predictor: Predictor, samples: Sequence[Sample]) -> dict[str, float]:
+    some, prepared = predictor.preprocessor.prepare_all(samples[:256])
+    decided = predictor.score(some, prepared).decided
     began, done = time.perf_counter(), 0
     while (spent := time.perf_counter() - began) < SECONDS:
-        predictor.forward(prepared)
-        done += len(prepared)
-    return round(done / spent, 1)
+        predictor.score(some, prepared)
+        done += len(some)
+    return {"model_only": round(done / spent, 1), "decided": round(decided / len(some), 4)}
 
 
 if __name__ == "__main__":
