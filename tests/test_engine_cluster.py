@@ -80,6 +80,14 @@ def environment(place: Path) -> dict[str, str]:
     return {**kept, "HOME": str(place), "RAY_TMPDIR": str(place)}
 
 
+def said(script: str, place: Path, *words: str) -> str:
+    """What ``script`` prints; it has to succeed."""
+    line, env = [sys.executable, "-c", script, *words], environment(place)
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def processes(place: Path) -> list[str]:
     """Command lines of the running processes that name ``place``."""
     found = []
@@ -123,28 +131,12 @@ def test_what_its_workers_hold_lies_in_large_pages(place: Path) -> None:
     large = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not large.exists() or "[never]" in large.read_text():
         pytest.skip("this kernel gives no large pages")
-    done = subprocess.run(
-        [sys.executable, "-c", HOLDING],
-        cwd=ROOT,
-        env=environment(place),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 32 << 10, "KiB; in small ones a network scores up to a fifth less"
+    assert int(said(HOLDING, place)) > 32 << 10, "KiB; in small ones a network scores up to a fifth less"
 
 
 def test_a_cluster_that_cannot_be_joined_is_an_error_and_starts_none(place: Path) -> None:
     asked = ["ray://head:10001", "127.0.0.1:1", "auto", "nonsense"]
-    ran = subprocess.run(
-        [sys.executable, "-c", REFUSED, json.dumps(asked)],
-        cwd=ROOT,
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    client, dead, none, nonsense = json.loads(ran.stdout)
+    client, dead, none, nonsense = json.loads(said(REFUSED, place, json.dumps(asked)))
     assert "ray job submit" in client
     assert "127.0.0.1:1 (RAY_ADDRESS)" in dead
     assert "RAY_ADDRESS=auto: no Ray cluster runs on this machine" in none
@@ -161,17 +153,9 @@ def running(pid: int) -> bool:
 
 
 def test_what_its_workers_leave_behind_ends_with_it(place: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LEFT_BEHIND],
-        cwd=ROOT,
-        env=environment(place),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    left = int(said(LEFT_BEHIND, place))
     deadline = time.monotonic() + 30
-    while is_left := running(int(done.stdout)):
+    while is_left := running(left):
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
