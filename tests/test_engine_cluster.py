@@ -131,7 +131,7 @@ def test_what_its_workers_hold_lies_in_large_pages(place: Path) -> None:
     large = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not large.exists() or "[never]" in large.read_text():
         pytest.skip("this kernel gives no large pages")
-    assert int(said(HOLDING, place)) > 32 << 10, "KiB; in small ones a network scores up to a fifth less"
+    assert int(said(HOLDING, place)) > 32 << 10, "KiB; in small ones a network is slower"
 
 
 def test_a_cluster_that_cannot_be_joined_is_an_error_and_starts_none(place: Path) -> None:
