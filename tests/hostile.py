@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import random
+import re
 import socket
 import struct
 import threading
@@ -134,8 +135,9 @@ class HostileS3:
                 return "SlowDown"
             if any(key in signed for key in self.expired):
                 return "expired"
-            self._seen[f"{operation} {path}"] += 1
-            which = f"{self.seed} {operation} {path} {self._seen[f'{operation} {path}']}"
+            request = f"{operation} {key_of(path)}"
+            self._seen[request] += 1
+            which = f"{self.seed} {request} {self._seen[request]}"
         chance = random.Random(which)
         if chance.random() >= self.share:
             return None
@@ -156,6 +158,11 @@ class HostileS3:
     def count(self, kind: str) -> None:
         with self._lock:
             self.injected[kind] += 1
+
+
+def key_of(path: str) -> str:
+    """What is asked of a bucket, whatever its name: ``/bucket-7/k``, ``/bucket-7?list-type=2``."""
+    return re.sub("^/[^/?]*", "", path)
 
 
 class _Server(ThreadingHTTPServer):

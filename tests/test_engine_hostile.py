@@ -79,7 +79,7 @@ def test_a_run_through_faults_gives_the_same_scores_and_says_what_it_took(
     out = storage.join(places["bucket"], "faults")
     proxy.share, proxy.seed = 0.05, 5
     for kind in ("500", "SlowDown", "reset", "short", "slow"):
-        proxy.plan(kind, "GET", path="/archive/")
+        proxy.plan(kind, "GET", path="/archive/00001.tar")
     proxy.plan("lost answer", "PUT", path="/run.json")
     for kind in ("SlowDown", "expired", "lost answer"):
         proxy.plan(kind, "PUT", path="/faults/")
