@@ -5,7 +5,8 @@
 A plan: ``host``, ``port``, ``path``, ``bodies`` (a file of length-prefixed multipart bodies),
 ``seconds``, and either ``rate`` (open loop: requests come when they come, as Poisson says, answered
 or not) or ``in_flight`` (closed loop: so many callers, each waiting for its answer). One line of
-JSON comes back, with latencies in ms from when a request was due, refused ones apart.
+JSON comes back, with latencies in ms from when a request was due, refused ones apart; and what is
+left of them without the model, where the server tells how long that took.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -26,15 +28,17 @@ import numpy as np
 BOUNDARY = "b0undary"
 PATIENCE_S = 60.0  # for answers still out when the load ends
 MOST_OPEN = 2048  # connections
+MODEL, MS = b"server-timing: model;dur=", re.compile(rb"[0-9.]+")
 SETTLING = 0.25  # of the time of a load, in which the first answers come; not counted in rates
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time; its answer is a status, read no further than its length."""
+    """One request at a time; its answer is a status, read no further than its length, and for how
+    many seconds it was in the model, where the server tells."""
 
     def __init__(self) -> None:
         self.transport: Any = None
-        self.answer: asyncio.Future[int] | None = None
+        self.answer: asyncio.Future[tuple[int, float]] | None = None
         self.buffer = b""
         self.closed = False
 
@@ -57,7 +61,9 @@ class Connection(asyncio.Protocol):
         self.buffer = b""
         if b"connection: close" in lower:
             self.closed = True
-        self.answer.set_result(int(head[9:12]))
+        at = lower.find(MODEL)
+        model_s = float(MS.match(lower, at + len(MODEL))[0]) / 1e3 if at >= 0 else 0.0
+        self.answer.set_result((int(head[9:12]), model_s))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -70,7 +76,8 @@ class Load:
         self.plan = plan
         self.requests = [self._request(body) for body in read_bodies(Path(plan["bodies"]))]
         self.idle: list[Connection] = []
-        self.results: list[tuple[float, float, int]] = []  # due, ended, status; 0: no answer
+        # Due, ended, status (0: no answer), seconds in the model.
+        self.results: list[tuple[float, float, int, float]] = []
         self.open = 0
 
     def _request(self, body: bytes) -> bytes:
@@ -81,7 +88,7 @@ class Load:
         ).encode() + body
 
     async def one(self, number: int, due: float) -> None:
-        status = 0
+        status, model_s = 0, 0.0
         try:
             while self.idle and self.idle[-1].closed:
                 self.idle.pop()
@@ -93,14 +100,14 @@ class Load:
                 _, connection = await loop.create_connection(Connection, *where)
             connection.answer = asyncio.get_running_loop().create_future()
             connection.transport.write(self.requests[number % len(self.requests)])
-            status = await connection.answer
+            status, model_s = await connection.answer
             if connection.closed:
                 connection.transport.close()
             else:
                 self.idle.append(connection)
         except OSError:
             pass  # counted: its status stays 0
-        self.results.append((due, time.perf_counter(), status))
+        self.results.append((due, time.perf_counter(), status, model_s))
 
     async def open_loop(self, rate: float, seconds: float) -> None:
         random.seed(int(rate * 1000))
@@ -110,7 +117,7 @@ class Load:
             while (wait := due - time.perf_counter()) > 0:
                 await asyncio.sleep(wait)
             if len(tasks) >= MOST_OPEN:
-                self.results.append((due, due, -1))  # we could not even ask
+                self.results.append((due, due, -1, 0.0))  # we could not even ask
                 continue
             task = asyncio.create_task(self.one(number, due))
             tasks.add(task)
@@ -131,19 +138,21 @@ class Load:
 
     def report(self, began: float) -> dict[str, Any]:
         seconds = self.plan["seconds"]
-        latencies = np.array([e - d for d, e, status in self.results if status == 200]) * 1e3
-        refused = np.array([e - d for d, e, s in self.results if s in (429, 503)]) * 1e3
+        latencies = np.array([e - d for d, e, s, _ in self.results if s == 200]) * 1e3
+        around = np.array([e - d - m for d, e, s, m in self.results if s == 200 and m]) * 1e3
+        refused = np.array([e - d for d, e, s, _ in self.results if s in (429, 503)]) * 1e3
         settled, end = began + SETTLING * seconds, began + seconds
-        inside = sum(1 for _, e, s in self.results if s == 200 and settled <= e <= end)
+        inside = sum(1 for _, e, s, _ in self.results if s == 200 and settled <= e <= end)
         return {
             "sent": len(self.results),
-            "statuses": dict(Counter(str(status) for _, _, status in self.results)),
+            "statuses": dict(Counter(str(status) for _, _, status, _ in self.results)),
             "goodput": inside / (end - settled),
             "ms": percentiles(latencies),
+            "around_model_ms": percentiles(around),
             "refused_ms": percentiles(refused),
             # Of the answers, by the second they came in: to see a server recover.
             "by_second": np.bincount(
-                [int(e - began) for _, e, s in self.results if s == 200 and e >= began]
+                [int(e - began) for _, e, s, _ in self.results if s == 200 and e >= began]
             ).tolist() if len(latencies) else [],
         }  # fmt: skip
 

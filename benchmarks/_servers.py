@@ -5,7 +5,8 @@
     RAY_ADDRESS=... python benchmarks/_servers.py update BUNDLE PORT
 
 ``predictor``: no server: bare processes, one a core, each with a Predictor and batches of 16, of
-all the pairs that servers are sent; prints their rate, and what one pair takes alone. ``fastapi``:
+all the pairs that servers are sent; prints their rate, and what one pair takes alone, and its
+decoding of that. ``fastapi``:
 what one writes first: a handler that decodes and scores one request. ``litserve``: LitServe,
 batches of 16, a worker a core, with mmray's own Predictor in it. ``update``: no server: puts BUNDLE
 in the place of what mmray serves.
@@ -81,13 +82,16 @@ def predictor(bundle: str, bodies: str, seconds: float) -> dict[str, float]:
     rate = sum(results.get() for _ in workers)
     for worker in workers:
         worker.join()
-    alone, scorer, times = samples_of(bodies)[:1], _predictor(bundle), []
+    alone, scorer, decoding, times = samples_of(bodies)[:1], _predictor(bundle), [], []
     for _ in range(ALONE):
         time.sleep(PAUSE_S)  # as between requests that come one at a time
         began = time.perf_counter()
-        scorer.score_table(alone)
+        _, prepared = scorer.preprocessor.prepare_all(alone)
+        decoding.append(time.perf_counter() - began)
+        scorer.score(alone, prepared)
         times.append(time.perf_counter() - began)
-    return {"rate": rate, "alone_ms": statistics.median(times) * 1e3}
+    decode_ms, alone_ms = (statistics.median(each) * 1e3 for each in (decoding, times))
+    return {"rate": rate, "decode_ms": decode_ms, "alone_ms": alone_ms}
 
 
 def fastapi(bundle: str, port: int) -> None:

@@ -37,8 +37,8 @@ class Local:
         if asyncio.iscoroutine(waiting):
             await waiting
         left, prepared = self.preprocessor.prepare_all(samples)
-        table = self.predictor.score(left, prepared).table
-        return answers.outcomes(table, self.predictor.fingerprint)
+        scored = self.predictor.score(left, prepared)
+        return answers.outcomes(scored.table, self.predictor.fingerprint, scored.seconds_predict)
 
     async def check(self) -> Mapping[str, Any]:
         assert self.predictor.golden is not None

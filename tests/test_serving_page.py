@@ -195,7 +195,7 @@ def test_every_label_that_is_given_stands_out_where_a_pair_may_have_several(
 
         async def score(self, samples: Any) -> list[answers.Outcome]:
             found = {"label": "a,b", "p_a": 0.9, "p_b": 0.6, "p_c": 0.2}
-            return [answers.Result(found, "f" * 64) for _ in samples]
+            return [answers.Result(found, "f" * 64, 0.0) for _ in samples]
 
     with Serving(Several(), ServeConfig()) as url:
         page = opened(browser, url)

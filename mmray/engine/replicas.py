@@ -125,11 +125,16 @@ class Scorer:
 
     def _forward(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         samples = [Sample("request", i, "") for i in range(len(prepared))]
-        table = self._predictor.score(samples, prepared).table
-        return outcomes(table, self._predictor.fingerprint)
+        return self._scores(samples, prepared)
 
     def _whole(self, samples: Sequence[Sample]) -> list[Outcome]:
-        return outcomes(self._predictor.score_table(samples), self._predictor.fingerprint)
+        return self._scores(samples)
+
+    def _scores(
+        self, samples: Sequence[Sample], prepared: Sequence[Prepared] | None = None
+    ) -> list[Outcome]:
+        scored = self._predictor.score(samples, prepared)
+        return outcomes(scored.table, self._predictor.fingerprint, scored.seconds_predict)
 
     def _pulse_of(self, bundle: Bundle) -> tuple[Prepared, Any] | None:
         """A golden pair and its scores; None where all of them are to be set aside."""

@@ -57,10 +57,12 @@ class Busy(MmrayError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One scored pair: a row of a score table, and which bundle scored it."""
+    """One scored pair: a row of a score table, which bundle scored it, and for how many seconds its
+    batch was in the model."""
 
     columns: Mapping[str, Any]
     fingerprint: str
+    seconds: float
 
     def encode(self) -> dict[str, Any]:
         """For the caller: ``label``, ``scores`` by label, what else its table has, ``model``."""
@@ -78,13 +80,14 @@ _ABOUT = (rows.SHARD, rows.ROW, rows.KEY, rows.ERROR, rows.ERROR_STAGE)
 Outcome = Result | BadRow
 
 
-def outcomes(table: pa.Table, fingerprint: str) -> list[Outcome]:
+def outcomes(table: pa.Table, fingerprint: str, seconds: float) -> list[Outcome]:
     """Of every row of a score table its scores, or the reason why it has none."""
-    return [_outcome(row, fingerprint) for row in table.to_pylist()]
+    return [_outcome(row, fingerprint, seconds) for row in table.to_pylist()]
 
 
-def _outcome(row: dict[str, Any], fingerprint: str) -> Outcome:
+def _outcome(row: dict[str, Any], fingerprint: str, seconds: float) -> Outcome:
     if row[rows.ERROR] is not None:
         reason, _, detail = row[rows.ERROR].partition(": ")
         return BadRow(row[rows.ERROR_STAGE], reason, detail)
-    return Result({name: v for name, v in row.items() if name not in _ABOUT}, fingerprint)
+    scores = {name: v for name, v in row.items() if name not in _ABOUT}
+    return Result(scores, fingerprint, seconds)

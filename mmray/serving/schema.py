@@ -18,6 +18,7 @@ OPENAPI = "/openapi.json"
 BASE64 = "^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$"
 
 Handler = Callable[[Request], Awaitable[Response]]
+Headers = dict[str, dict[str, Any]]  # as OpenAPI describes them, by name
 
 
 class Handlers(Protocol):
@@ -158,19 +159,31 @@ REFUSALS = {
 }
 
 
-HEADERS: dict[int, dict[str, dict[str, Any]]] = {
+TIMING: Headers = {
+    "Server-Timing": {
+        "description": "milliseconds: model (its batch, in the model) and total (as seconds)",
+        "schema": {"type": "string"},
+    }
+}
+HEADERS: dict[int, Headers] = {
     401: {"WWW-Authenticate": {"schema": {"const": "Bearer"}}},
     503: {"Retry-After": {"description": "seconds", "schema": {"type": "integer", "minimum": 1}}},
 }
 
 
-def _responses(answer: type[BaseModel], statuses: Iterable[int]) -> dict[int | str, dict[str, Any]]:
-    found: dict[int | str, dict[str, Any]] = {200: {"model": answer}}
+def _responses(
+    answer: type[BaseModel], statuses: Iterable[int], headers: Headers | None = None
+) -> dict[int | str, dict[str, Any]]:
+    """What ``answer`` and the refusals look like; ``headers`` are those of the answer."""
+    found: dict[int | str, dict[str, Any]] = {200: {"model": answer} | _with(headers or {})}
     for status in statuses:
-        headers = {name: {"required": True} | of for name, of in HEADERS.get(status, {}).items()}
         found[status] = {"description": REFUSALS[status], "model": Problem}
-        found[status] |= {"headers": headers} if headers else {}
+        found[status] |= _with(HEADERS.get(status, {}))
     return found
+
+
+def _with(headers: Headers) -> dict[str, Any]:
+    return {"headers": {n: {"required": True} | of for n, of in headers.items()}} if headers else {}
 
 
 def add_routes(
@@ -190,7 +203,7 @@ def add_routes(
             handler,
             methods=["POST"],
             response_model=None,
-            responses=_responses(answer, scoring),
+            responses=_responses(answer, scoring, TIMING),
             dependencies=bearer,
             openapi_extra={"requestBody": {"required": True, "content": content[path]}},
         )
