@@ -1,4 +1,4 @@
-"""What a Ray of one machine starts for datasets, and what one of many does."""
+"""What a Ray of one machine starts beside what computes, and what one of many does."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pyarrow as pa
 import ray.data
 from ray._private.state import actors  # `list_actors` needs a dashboard
 from ray.cluster_utils import Cluster
 
-from mmray.engine import cluster
+from mmray.engine import agent, cluster
 
 HELPERS = {"ActorLocationTracker", "_AutoscalingCoordinatorActor", "_StatsActor"}
 
@@ -31,6 +32,13 @@ def started() -> set[str]:
     return {actor["ActorClassName"] for actor in actors().values()} & HELPERS
 
 
+def agents() -> list[psutil.Process]:
+    """What a raylet is told to ask for figures: Ray's, or what stands in for it."""
+    names = {"ray::DashboardAgent", agent.__file__}
+    below = psutil.Process().children(recursive=True)
+    return [p for p in below if names & {part.strip() for part in p.cmdline()}]
+
+
 def told() -> None:
     """In a process of its own: two Rays of its own, the second one with figures, and a cluster."""
     os.environ["RAY_ADDRESS"] = "local"
@@ -40,7 +48,10 @@ def told() -> None:
         cluster.connect(num_cpus=1, metrics_port=metrics_port)
         computed()
         assert started() == helpers
+        (one,) = agents()
+        assert (agent.__file__ in one.cmdline()) == (metrics_port is None)
         cluster.disconnect()
+        one.wait(10)
     joined = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
     os.environ["RAY_ADDRESS"] = joined.address
     cluster.connect()

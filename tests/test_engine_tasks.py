@@ -326,7 +326,8 @@ def test_pairs_that_lack_a_picture_or_a_caption_go_all_the_way(
     counted = {kind: part["rows"] for kind, part in metrics["availability"].items()}
     assert counted == {kind: sum(i % 5 == 0 for i in at) for kind, at in there.items()}
 
-    summary = score(done.bundle, archive, str(tmp_path / "scores"), ScoreOptions(), Console())
+    options = ScoreOptions(actors=1)
+    summary = score(done.bundle, archive, str(tmp_path / "scores"), options, Console())
     assert (summary["rows"], summary["set_aside"]) == (80, 1)
     (scores,) = content(tmp_path / "scores").values()
     labels = dict(zip(scores["row"].to_pylist(), scores["label"].to_pylist(), strict=True))
