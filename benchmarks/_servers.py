@@ -1,15 +1,16 @@
 """What serve_load.py sets mmray beside, each in a process of its own:
 
     python benchmarks/_servers.py predictor BUNDLE BODIES SECONDS
-    python benchmarks/_servers.py fastapi|litserve BUNDLE PORT
+    python benchmarks/_servers.py fastapi|litserve|rayserve BUNDLE PORT
     RAY_ADDRESS=... python benchmarks/_servers.py update BUNDLE PORT
 
 ``predictor``: no server: bare processes, one a core, each with a Predictor and batches of 16, of
 all the pairs that servers are sent; prints their rate, and what one pair takes alone, and its
-decoding of that. ``fastapi``:
-what one writes first: a handler that decodes and scores one request. ``litserve``: LitServe,
-batches of 16, a worker a core, with mmray's own Predictor in it. ``update``: no server: puts BUNDLE
-in the place of what mmray serves.
+decoding of that. ``fastapi``: what one writes first: a handler that decodes and scores one request.
+``litserve``: LitServe, batches of 16, a worker a core, with mmray's own Predictor in it.
+``rayserve``: Ray Serve as its documentation batches, 16 rows, a replica a core, that Predictor:
+https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html. ``update``: no server: puts
+BUNDLE in the place of what mmray serves.
 """
 
 import itertools
@@ -142,6 +143,40 @@ def lit(bundle: str, port: int) -> None:
     )  # fmt: skip
 
 
+def rayserve(bundle: str, port: int) -> None:
+    import ray
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+
+    app = FastAPI()
+
+    @serve.deployment(num_replicas=CORES, max_ongoing_requests=2 * BATCH)
+    class Scores:
+        def __init__(self) -> None:
+            self.predictor = _predictor(bundle)
+
+        @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.005)
+        async def __call__(self, samples: list[Sample]) -> list[dict[str, Any]]:
+            rows: list[dict[str, Any]] = self.predictor.score_table(samples).to_pylist()
+            return rows
+
+    @serve.deployment(max_ongoing_requests=4 * BATCH)
+    @serve.ingress(app)
+    class Http:
+        def __init__(self, scores: DeploymentHandle) -> None:
+            self.scores = scores
+
+        @app.post("/v1/score")
+        async def score(self, image: UploadFile, caption: Annotated[str, Form()]) -> dict[str, Any]:
+            sample = Sample("request", 0, "0", await image.read(), caption)
+            row = await self.scores.remote(sample)
+            return {name: value for name, value in row.items() if name.startswith("p_")}
+
+    ray.init(num_cpus=CORES + 1, include_dashboard=False, log_to_driver=False)
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    serve.run(Http.bind(Scores.bind()), blocking=True)
+
+
 def update(bundle: str, port: int) -> None:
     from mmray import config
     from mmray.engine import cluster, serve
@@ -158,4 +193,5 @@ if __name__ == "__main__":
     if arm == "predictor":
         print(json.dumps(predictor(uri, rest[0], float(rest[1]))))
     else:
-        {"fastapi": fastapi, "litserve": lit, "update": update}[arm](uri, int(rest[0]))
+        servers = {"fastapi": fastapi, "litserve": lit, "rayserve": rayserve, "update": update}
+        servers[arm](uri, int(rest[0]))

@@ -1,8 +1,8 @@
-"""A server under load: `mmray serve` beside the bare Predictor, plain FastAPI and LitServe.
+"""A server under load: `mmray serve` beside the bare Predictor, FastAPI, LitServe and Ray Serve.
 
     python benchmarks/serve_load.py [--encoders resnet18,mobilenet_v3_small] [--images small,large]
         [--seconds 15] [--rounds 3] [--overload 60] [--changes 20]
-        [--arms predictor,mmray,fastapi,litserve] [--replicas N] [--json]
+        [--arms predictor,mmray,fastapi,litserve,rayserve] [--replicas N] [--json]
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
 server the same. At saturation 64 callers, as many as mmray's Ingress takes, each wait for their
@@ -55,7 +55,7 @@ from _load import write_bodies
 
 from mmray.memory import HEAP
 
-ARMS = ("predictor", "mmray", "fastapi", "litserve")
+ARMS = ("predictor", "mmray", "fastapi", "litserve", "rayserve")
 ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
 LOADS = (0.25, 0.5, 0.75, 0.9)
@@ -269,6 +269,7 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         "saturation_over_predictor": worst(over("predictor"), min),
         "saturation_over_fastapi": worst(over("fastapi"), min),
         "saturation_over_litserve": worst(over("litserve"), min),
+        "saturation_over_rayserve": worst(over("rayserve"), min),
         "overload_goodput": worst([kept(case) for case in cases], min),
         "recovery_s": worst([recovered(case) for case in cases], max),
         "client_lost": counted("client_lost"),
