@@ -95,7 +95,7 @@ class Scorer:
 
     async def score_samples(self, samples: Sequence[Sample]) -> list[Outcome]:
         """Pairs as they came, prepared here: for a sender that knows another bundle."""
-        work = asyncio.get_running_loop().run_in_executor(self._thread, self._whole, samples)
+        work = asyncio.get_running_loop().run_in_executor(self._thread, self._scores, samples)
         return await work
 
     async def golden(self) -> dict[str, Any]:
@@ -126,9 +126,6 @@ class Scorer:
     def _forward(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         samples = [Sample("request", i, "") for i in range(len(prepared))]
         return self._scores(samples, prepared)
-
-    def _whole(self, samples: Sequence[Sample]) -> list[Outcome]:
-        return self._scores(samples)
 
     def _scores(
         self, samples: Sequence[Sample], prepared: Sequence[Prepared] | None = None
