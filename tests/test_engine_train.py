@@ -342,23 +342,25 @@ def test_a_worker_killed_while_training_from_s3_to_s3_costs_a_checkpoint_at_most
 def test_a_controller_killed_is_said_and_the_same_call_goes_on(
     undisturbed: TrainResult, archive: Path, backbone: Path, tmp_path: Path
 ) -> None:
-    """In the same process: what the dead one had reserved is free again."""
+    """In the same process: what the dead one had reserved is free again. Its epochs are quick: of
+    one that died before a checkpoint was on record, another one is killed."""
     lines: list[str] = []
 
     def kill(line: str) -> None:
-        lines.append(line)
         if line.startswith("epoch 3/4"):
             actors = ray_actors(actor_state_name="ALIVE").values()
             (pid,) = (a["Pid"] for a in actors if a["ActorClassName"] == "TrainController")
             os.kill(pid, signal.SIGKILL)
 
-    cfg = steady(archive, tmp_path / "out", backbone)
-    with pytest.raises(RunError, match=r"drives the training workers died .* the same command"):
-        train(cfg, progress=kill)
-    there = recorded(tmp_path)
+    for attempt in map(str, range(5)):
+        cfg = steady(archive, tmp_path / attempt / "out", backbone)
+        said = r"drives the training workers died .* the same command"
+        with pytest.raises(RunError, match=said):
+            train(cfg, progress=kill)
+        if recorded(tmp_path / attempt) is not None:
+            break
     done = train(cfg, progress=lines.append)
-    going_on = [line for line in lines if line.startswith("going on from a checkpoint: epoch ")]
-    assert len(going_on) == (there is not None)  # of a quick epoch's it may have none yet
+    assert any(line.startswith("going on from a checkpoint: epoch ") for line in lines)
     np.testing.assert_allclose(losses(done), losses(undisturbed), rtol=1e-3)
 
 
