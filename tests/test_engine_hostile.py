@@ -54,7 +54,7 @@ def proxy(s3_endpoint: Any) -> Iterator[HostileS3]:
 
 
 def score(places: dict[str, str], out: str, proxy: HostileS3) -> subprocess.CompletedProcess[str]:
-    line = ["score", places["s3_bundle"], places["s3_archive"], "--out", out, "--actors", "1"]
+    line = ["score", places["s3_bundle"], places["s3_archive"], "--out", out]
     return subprocess.run(
         [sys.executable, "-m", "mmray", *line],
         env={
@@ -151,7 +151,7 @@ def test_a_shard_that_changes_after_it_was_listed_stops_the_run_and_is_named(
         return run
 
     def run() -> dict[str, Any]:
-        options = engine.ScoreOptions(chunk_rows=256, actors=1)
+        options = engine.ScoreOptions(chunk_rows=256)
         return engine.score(places["bundle"], archive, out, options, Console())
 
     with monkeypatch.context() as patch:

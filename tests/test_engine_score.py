@@ -61,7 +61,8 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(bundle: str, archive: object, out: object, **options: object) -> dict[str, object]:
-    """With one actor where no number is given: each takes seconds to start."""
+    """With one actor where no number is given: each takes seconds to start. Where one dies there
+    are two, and all that a cluster has room for where rows are counted."""
     chosen = engine.ScoreOptions(**{"chunk_rows": 4, "actors": 1, **options})
     return engine.score(bundle, str(archive), str(out), chosen, Console())
 
@@ -307,8 +308,8 @@ class TestOneRun:
     ) -> None:
         monkeypatch.setattr(dataflow, "Scorer", MortalScorer)
         with pytest.raises(RunError, match="1 of 17 rows set aside"):
-            run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, max_errors=0.01)
-        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2)
+            run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, max_errors=0.01, actors=2)
+        summary = run(bundle, archive, tmp_path, shards="2025/*", chunk_rows=2, actors=2)
         rows = content(tmp_path)["2025/00002.tar.parquet"].to_pylist()
         assert [row["key"] for row in rows if row["error"]] == [KILLER]
         assert summary["reasons"] == {"worker died": 1}
@@ -332,7 +333,7 @@ class TestOneRun:
                 return super()._score(samples, prepared)
 
         monkeypatch.setattr(dataflow, "Scorer", UnluckyScorer)
-        summary = run(bundle, archive, tmp_path / "out", shards="2025/*")
+        summary = run(bundle, archive, tmp_path / "out", shards="2025/*", actors=2)
         assert sorted(path.name for path in deaths.iterdir()) == ["0-4", "1-4", "2-4"]
         name = "2025/00002.tar.parquet"
         assert content(tmp_path / "out")[name] == expected(bundle, archive)[name]
