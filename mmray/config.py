@@ -227,7 +227,7 @@ class Train(Frozen):
     ema_decay: Fraction = 0.999  # of average: ema; rises to it over the first steps
     patience: Positive | None = None  # end after so many epochs without a better dev metric
     negatives: Literal["batch", "corpus"] = "corpus"  # match: where other captions come from
-    #: Here and where the bundle scores; auto: bf16 where the hardware computes it, else float32.
+    #: Here and where the bundle scores; auto: bf16 where hardware is faster at it, else float32.
     precision: Precision = "auto"
     checkpoints: str | None = None  # null: beside the bundle, <out>.run; a shared place or s3://
     tensorboard: bool = True  # event files in <out>.run/logs

@@ -272,8 +272,9 @@ def test_learning_rate_warms_up_and_falls() -> None:
 
 def test_precision_follows_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     for features, want in (
-        ({"avx512_bf16": True}, "bf16"),
         ({"amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": True, "sse4a": True}, "bf16"),  # AMD
+        ({"avx512_bf16": True, "sse4a": False}, "float32"),  # Intel, AMX hidden
         ({"avx512_f": True, "avx512_bf16": False}, "float32"),
         ({}, "float32"),
     ):
