@@ -83,13 +83,13 @@ def predictor(bundle: str, bodies: str, seconds: float) -> dict[str, float]:
     rate = sum(results.get() for _ in workers)
     for worker in workers:
         worker.join()
-    alone, scorer, decoding, times = samples_of(bodies)[:1], _predictor(bundle), [], []
-    for _ in range(ALONE):
+    scorer, decoding, times = _predictor(bundle), [], []
+    for sample in itertools.islice(itertools.cycle(samples_of(bodies)), ALONE):
         time.sleep(PAUSE_S)  # as between requests that come one at a time
         began = time.perf_counter()
-        _, prepared = scorer.preprocessor.prepare_all(alone)
+        _, prepared = scorer.preprocessor.prepare_all([sample])
         decoding.append(time.perf_counter() - began)
-        scorer.score(alone, prepared)
+        scorer.score([sample], prepared)
         times.append(time.perf_counter() - began)
     decode_ms, alone_ms = (statistics.median(each) * 1e3 for each in (decoding, times))
     return {"rate": rate, "decode_ms": decode_ms, "alone_ms": alone_ms}

@@ -6,7 +6,8 @@
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
 server the same. At saturation 64 callers, as many as mmray's Ingress takes, each wait for their
-answer; all arms take turns at that, ``--rounds`` times, and ratios are the median over the rounds.
+answer (rates are of the line through their number, see ``_load.slope``); all arms take turns at
+that, ``--rounds`` times, and ratios are the median over the rounds.
 The other loads are open: requests come when they come, at 25, 50, 75 and 90 % of that rate, then at
 three times of it for ``--overload`` seconds, with the server's memory looked at every second, then
 at a quarter again: ``recovery_s`` is when that quarter was first answered in full. Goodput in that
@@ -101,6 +102,7 @@ def main() -> None:
                     case[arm]["rates"] = rates[arm]
                     case[arm]["rate"] = statistics.median(rates[arm])
                 cases.append(case)
+                _say(text(summary([case])))  # now: the other cases take their time
     result = summary(cases)
     print(json.dumps(result) if args.json else text(result))
 
