@@ -29,6 +29,7 @@ BOUNDARY = "b0undary"
 PATIENCE_S = 60.0  # for answers still out when the load ends
 MOST_OPEN = 2048  # connections
 MODEL, MS = b"server-timing: model;dur=", re.compile(rb"[0-9.]+")
+STEPS = 1000  # in which a load is looked at for its slope
 SETTLING = 0.25  # of the time of a load, in which the first answers come; not counted in rates
 
 
@@ -145,7 +146,7 @@ class Load:
         inside = sorted(e for _, e, s, _ in self.results if s == 200 and settled <= e <= end)
         goodput = len(inside) / (end - settled)
         if "in_flight" in self.plan and len(inside) > 1:
-            goodput = slope(inside)
+            goodput = slope(inside, settled, end)
         return {
             "sent": len(self.results),
             "statuses": dict(Counter(str(status) for _, _, status, _ in self.results)),
@@ -160,11 +161,13 @@ class Load:
         }  # fmt: skip
 
 
-def slope(times: list[float]) -> float:
-    """Answers a second, of the line that fits their number over ``times`` best. Callers that wait
-    for their answers get them in waves, one for every batch; a count would depend on how many of
-    these fit into the time: 16 rows, ten times in it, are off by a tenth for one that does not."""
-    return float(np.polyfit(times, np.arange(len(times)), 1)[0])
+def slope(times: list[float], start: float, end: float) -> float:
+    """Answers a second between ``start`` and ``end``, of the line that fits their number over time
+    best; ``times`` are sorted. Callers that wait for their answers get them in waves, one for every
+    batch, and a count would depend on how many waves just fit in. Looked at in even steps, a time
+    without answers counts, too."""
+    at = np.linspace(start, end, STEPS)
+    return float(np.polyfit(at - start, np.searchsorted(times, at), 1)[0])
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:

@@ -102,9 +102,11 @@ def main() -> None:
                     case[arm]["rates"] = rates[arm]
                     case[arm]["rate"] = statistics.median(rates[arm])
                 cases.append(case)
-                _say(text(summary([case])))  # now: the other cases take their time
+                told = sys.stderr if args.json else sys.stdout
+                print(text(case), file=told, flush=True)  # now: the other cases take their time
     result = summary(cases)
-    print(json.dumps(result) if args.json else text(result))
+    names = [name for name in result if name not in ("benchmark", "cores", "cases")]
+    print(json.dumps(result) if args.json else "\n".join(f"{n}: {result[n]}" for n in names))
 
 
 def _there(module: str) -> bool:
@@ -282,20 +284,17 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def text(result: dict[str, Any]) -> str:
-    lines = []
-    for case in result["cases"]:
-        lines.append(f"\n{case['encoder']}, pictures of {case['kb']} KB")
-        for arm in (arm for arm in ARMS if arm in case):
-            each = ", ".join(f"{rate:.1f}" for rate in case[arm]["rates"])
-            lines.append(f"  {arm:10}{case[arm]['rate']:8.1f} rows/s ({each})")
-        if "predictor" in case:
-            whole, decode = (case["predictor"][f"{name}_ms"] for name in ("alone", "decode"))
-            lines.append(f"  one pair alone in a Predictor: {whole:.1f} ms, decoding {decode:.1f}")
-        if "mmray" in case:
-            lines += _loads(case["mmray"])
-    names = [name for name in result if name not in ("benchmark", "cores", "cases")]
-    return "\n".join([*lines, "", *(f"{name}: {result[name]}" for name in names)])
+def text(case: dict[str, Any]) -> str:
+    lines = [f"\n{case['encoder']}, pictures of {case['kb']} KB"]
+    for arm in (arm for arm in ARMS if arm in case):
+        each = ", ".join(f"{rate:.1f}" for rate in case[arm]["rates"])
+        lines.append(f"  {arm:10}{case[arm]['rate']:8.1f} rows/s ({each})")
+    if "predictor" in case:
+        whole, decode = (case["predictor"][f"{name}_ms"] for name in ("alone", "decode"))
+        lines.append(f"  one pair alone in a Predictor: {whole:.1f} ms, decoding {decode:.1f}")
+    if "mmray" in case:
+        lines += _loads(case["mmray"])
+    return "\n".join([*lines, ""])
 
 
 def _loads(found: dict[str, Any]) -> list[str]:
