@@ -1,12 +1,13 @@
 """What serve_load.py sets mmray beside, each in a process of its own:
 
-    python benchmarks/_servers.py predictor BUNDLE BODIES SECONDS
+    python benchmarks/_servers.py predictor BUNDLE BODIES
     python benchmarks/_servers.py fastapi|litserve|rayserve BUNDLE PORT
     RAY_ADDRESS=... python benchmarks/_servers.py update BUNDLE PORT
 
 ``predictor``: no server: bare processes, one a core, each with a Predictor and batches of 16, of
-all the pairs that servers are sent; prints their rate, and what one pair takes alone, and its
-decoding of that. ``fastapi``: what one writes first: a handler that decodes and scores one request.
+all the pairs that servers are sent. To every line of its input, a number of seconds, it prints
+their rate in those, or, to ``alone``, what one pair takes by itself, and its decoding of that.
+``fastapi``: what one writes first: a handler that decodes and scores one request.
 ``litserve``: LitServe, batches of 16, a worker a core, with mmray's own Predictor in it.
 ``rayserve``: Ray Serve as its documentation batches, 16 rows, a replica a core, that Predictor:
 https://docs.ray.io/en/latest/serve/advanced-guides/dyn-req-batch.html. ``update``: no server: puts
@@ -47,20 +48,20 @@ def samples_of(path: str) -> list[Sample]:
     return [one(body, FORM, Limits()) for body in read_bodies(Path(path))]
 
 
-def _score(bundle: str, bodies: str, seconds: float, start: Any, results: Any) -> None:
+def _score(bundle: str, bodies: str, asked: Any) -> None:
     predictor = _predictor(bundle)
     all_of = samples_of(bodies)
     batches = [(all_of * 2)[i : i + BATCH] for i in range(0, len(all_of), BATCH)]
     for batch in batches * 2:
         predictor.score_table(batch)
-    start.wait()
-    began, rows = time.perf_counter(), 0
-    for batch in itertools.cycle(batches):
-        if time.perf_counter() - began > seconds:
-            break
-        predictor.score_table(batch)
-        rows += len(batch)
-    results.put(rows / (time.perf_counter() - began))
+    turns = itertools.cycle(batches)
+    while seconds := asked.recv():
+        began, rows = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            batch = next(turns)
+            predictor.score_table(batch)
+            rows += len(batch)
+        asked.send(rows / (time.perf_counter() - began))
 
 
 def _predictor(bundle: str) -> Any:
@@ -73,16 +74,25 @@ def _predictor(bundle: str) -> Any:
     return Predictor(load(bundle), "cpu", batch_size=BATCH)
 
 
-def predictor(bundle: str, bodies: str, seconds: float) -> dict[str, float]:
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(CORES), context.Queue()
-    asked = bundle, bodies, seconds, start, results
-    workers = [context.Process(target=_score, args=asked) for _ in range(CORES)]
-    for worker in workers:
-        worker.start()
-    rate = sum(results.get() for _ in workers)
-    for worker in workers:
-        worker.join()
+def predictor(bundle: str, bodies: str) -> None:
+    context, pipes = multiprocessing.get_context("spawn"), []
+    for _ in range(CORES):
+        ours, theirs = context.Pipe()
+        context.Process(target=_score, args=(bundle, bodies, theirs), daemon=True).start()
+        pipes.append(ours)
+    for line in map(str.strip, sys.stdin):
+        if line == "alone":
+            print(json.dumps(alone(bundle, bodies)), flush=True)
+            continue
+        for pipe in pipes:
+            pipe.send(float(line))
+        print(sum(pipe.recv() for pipe in pipes), flush=True)
+    for pipe in pipes:
+        pipe.send(0.0)
+
+
+def alone(bundle: str, bodies: str) -> dict[str, float]:
+    """What a pair takes in a Predictor, and its decoding of that; medians, in ms."""
     scorer, decoding, times = _predictor(bundle), [], []
     for sample in itertools.islice(itertools.cycle(samples_of(bodies)), ALONE):
         time.sleep(PAUSE_S)  # as between requests that come one at a time
@@ -92,7 +102,7 @@ def predictor(bundle: str, bodies: str, seconds: float) -> dict[str, float]:
         scorer.score([sample], prepared)
         times.append(time.perf_counter() - began)
     decode_ms, alone_ms = (statistics.median(each) * 1e3 for each in (decoding, times))
-    return {"rate": rate, "decode_ms": decode_ms, "alone_ms": alone_ms}
+    return {"decode_ms": decode_ms, "alone_ms": alone_ms}
 
 
 def fastapi(bundle: str, port: int) -> None:
@@ -191,7 +201,7 @@ def update(bundle: str, port: int) -> None:
 if __name__ == "__main__":
     arm, uri, *rest = sys.argv[1:]
     if arm == "predictor":
-        print(json.dumps(predictor(uri, rest[0], float(rest[1]))))
+        predictor(uri, rest[0])
     else:
         servers = {"fastapi": fastapi, "litserve": lit, "rayserve": rayserve, "update": update}
         servers[arm](uri, int(rest[0]))

@@ -17,8 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import psutil
+from _contest import server
 from _corpus import write_bundle
-from serve_load import CORES, server
+from serve_load import CORES
 
 SETTLING_S = 8.0
 
@@ -31,8 +32,9 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         bundle = write_bundle(Path(folder, args.encoder), args.encoder)
-        with server("mmray", bundle, CORES) as (process, _):
+        with server("mmray", bundle, CORES) as served:
             time.sleep(SETTLING_S)
+            process = served.process
             there = [process, *process.children(recursive=True)]
             names = {each: name(each) for each in there}
             before = {each: spent(each) for each in there}

@@ -1,20 +1,23 @@
 """A server under load: `mmray serve` beside the bare Predictor, FastAPI, LitServe and Ray Serve.
 
     python benchmarks/serve_load.py [--encoders resnet18,mobilenet_v3_small] [--images small,large]
-        [--seconds 15] [--rounds 3] [--overload 60] [--changes 20]
+        [--rounds 9] [--turn 8] [--seconds 15] [--overload 60] [--changes 20]
         [--arms predictor,mmray,fastapi,litserve,rayserve] [--replicas N] [--json]
 
 Requests are multipart, over loopback, from a second process on the same cores, which costs every
-server the same. At saturation 64 callers, as many as mmray's Ingress takes, each wait for their
-answer (rates are of the line through their number, see ``_load.slope``); all arms take turns at
-that, ``--rounds`` times, and ratios are the median over the rounds.
-The other loads are open: requests come when they come, at 25, 50, 75 and 90 % of that rate, then at
-three times of it for ``--overload`` seconds, with the server's memory looked at every second, then
-at a quarter again: ``recovery_s`` is when that quarter was first answered in full. Goodput in that
-overload is over what the same server answered at saturation right before and answers right after:
-the machine's own speed changes by a tenth within minutes. Light load is
-five requests a second, so that they come one at a time, as those of the bare Predictor do beside
-it; a tenth of what batches make possible may be half of what single pairs do. ``added_p50_ms`` is
+server the same, and the Predictor nothing. At saturation 64 callers, as many as mmray's Ingress
+takes, each wait for their answer (rates are of the line through their number, see
+``_load.slope``). All arms are up at once and take turns at that, ``--turn`` seconds each, while the
+others are stopped, ``--rounds`` times, every other time backwards; ratios are the median over the
+rounds. Then the others end.
+
+The other loads, of mmray alone, are open: requests come when they come, at 25, 50, 75 and 90 % of
+that rate, then at three times of it for ``--overload`` seconds, with the server's memory looked at
+every second, then at a quarter again: ``recovery_s`` is when that quarter was first answered in
+full. Goodput in that overload is over what the server answered at saturation right before and
+answers right after: the machine's own speed changes by a tenth within minutes. Light load is five
+requests a second, so that they come one at a time, as those of the bare Predictor do right before;
+a tenth of what batches make possible may be half of what single pairs do. ``added_p50_ms`` is
 what a request takes less its own time in the model, as the server tells it, and less what decoding
 takes in the Predictor; ``over_alone_p50_ms`` is the difference of the medians of the two, in which
 what a model is slower by in a server than by itself counts, too.
@@ -33,38 +36,29 @@ import argparse
 import importlib.util
 import json
 import os
-import signal
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
 from _changes import CHANGES, changes
+from _contest import Contestant, contestant
 from _corpus import caption, pictures, write_bundle
 from _load import apart as load
 from _load import write_bodies
-
-from mmray.memory import HEAP
 
 ARMS = ("predictor", "mmray", "fastapi", "litserve", "rayserve")
 ENCODERS = ("resnet18", "mobilenet_v3_small")
 IMAGES = {"small": (512, 86, 32), "large": (2200, 91, 8)}  # px, JPEG quality, how many
 LOADS = (0.25, 0.5, 0.75, 0.9)
 LIGHT = 5.0  # requests a second
-CALLERS, WARM_S, RECOVERY_S = 64, 5.0, 10.0
+RECOVERY_S = 10.0
 ANSWERED = 0.8  # of what is asked in a second: all, but for chance
-START_S = 240.0
-HERE = Path(__file__).parent
 CORES = os.cpu_count() or 1
 
 
@@ -74,7 +68,8 @@ def main() -> None:
     parser.add_argument("--images", default=",".join(IMAGES), help="small, large")
     parser.add_argument("--arms", default=",".join(ARMS), help="which, by comma")
     parser.add_argument("--seconds", type=float, default=15.0, help="of each load (default 15)")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every arm at saturation")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every arm at saturation")
+    parser.add_argument("--turn", type=float, default=8.0, help="seconds of each (default 8)")
     parser.add_argument("--overload", type=float, default=60.0, help="seconds; 0: none")
     parser.add_argument("--changes", type=float, default=20.0, help="seconds of each; 0: none")
     parser.add_argument("--replicas", type=int, default=CORES, help="of mmray that score")
@@ -91,16 +86,7 @@ def main() -> None:
                 bundle = write_bundle(Path(folder, encoder), encoder)
                 other = write_bundle(Path(folder, f"{encoder}-other"), encoder, seed=1)
                 case = {"encoder": encoder, "images": kind, "kb": len(pairs[0][0]) // 1000}
-                rates: dict[str, list[float]] = {arm: [] for arm in arms}
-                for number in range(args.rounds):
-                    last = number == args.rounds - 1
-                    for arm in arms:
-                        case[arm] = run(arm, bundle, other, bodies, args, last)
-                        rates[arm].append(case[arm]["rate"])
-                        _say(f"{encoder}, {kind}: {arm} {rates[arm][-1]:.1f}/s")
-                for arm in arms:
-                    case[arm]["rates"] = rates[arm]
-                    case[arm]["rate"] = statistics.median(rates[arm])
+                case |= run(arms, bundle, other, bodies, args)
                 cases.append(case)
                 told = sys.stderr if args.json else sys.stdout
                 print(text(case), file=told, flush=True)  # now: the other cases take their time
@@ -120,31 +106,50 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-# --- an arm --------------------------------------------------------------------------------------
+# --- a case --------------------------------------------------------------------------------------
 
 
 def run(
-    arm: str, bundle: Path, other: Path, bodies: Path, args: argparse.Namespace, last: bool
+    arms: list[str], bundle: Path, other: Path, bodies: Path, args: argparse.Namespace
 ) -> dict[str, Any]:
-    """One turn of an arm; in the ``last`` mmray is looked at under all other loads, too."""
-    if arm == "predictor":
-        command = [sys.executable, HERE / "_servers.py", arm, bundle, bodies, str(args.seconds)]
-        held = os.environ | HEAP  # as mmray's own processes hold their memory
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=held)
-        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return result
-    with server(arm, bundle, args.replicas) as (process, port):
-        asked = {"host": "127.0.0.1", "port": port, "path": "/v1/score", "bodies": str(bodies)}
-        load({**asked, "in_flight": CALLERS, "seconds": WARM_S})
-        full = load({**asked, "in_flight": CALLERS, "seconds": args.seconds})
-        found = {"rate": full["goodput"], "ms": full["ms"], "statuses": full["statuses"]}
-        if arm == "mmray" and last:
-            found |= under_loads(asked, full["goodput"], args, process)
-            if args.overload:
-                again = load({**asked, "in_flight": CALLERS, "seconds": args.seconds})
-                found["rates_around"] = [full["goodput"], again["goodput"]]
-            if args.changes:
-                found |= changes(asked, full["goodput"], args.changes, process, bundle, other)
+    """Turns of all arms at saturation; then mmray, by itself, under all other loads."""
+    found: dict[str, Any] = {arm: {"rates": []} for arm in arms}
+    with ExitStack() as ours, ExitStack() as others:
+        there = {
+            arm: (ours if arm == "mmray" else others).enter_context(
+                contestant(arm, bundle, bodies, args.replicas)
+            )
+            for arm in arms
+        }
+        for number in range(args.rounds):
+            for arm in arms if number % 2 == 0 else arms[::-1]:
+                with there[arm].on():
+                    turn = there[arm].full(bodies, args.turn)
+                found[arm]["rates"].append(turn.pop("goodput"))
+                found[arm] |= turn
+                _say(f"{bundle.name}, {bodies.name}: {arm} {found[arm]['rates'][-1]:.1f}/s")
+        if "predictor" in arms:
+            with there["predictor"].on():
+                found["predictor"] |= there["predictor"].answer("alone")
+        others.close()
+        if "mmray" in arms:
+            with there["mmray"].on():
+                found["mmray"] |= by_itself(there["mmray"], bundle, other, bodies, args)
+    for arm in arms:
+        found[arm]["rate"] = statistics.median(found[arm]["rates"])
+    return found
+
+
+def by_itself(
+    mmray: Contestant, bundle: Path, other: Path, bodies: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    asked, process = mmray.asked(bodies), mmray.process
+    before = mmray.full(bodies, args.seconds)["goodput"]
+    found = under_loads(asked, before, args, process)
+    if args.overload:
+        found["rates_around"] = [before, mmray.full(bodies, args.seconds)["goodput"]]
+    if args.changes:
+        found |= changes(asked, before, args.changes, process, bundle, other)
     return found
 
 
@@ -182,47 +187,6 @@ def _memory(process: psutil.Process) -> int:
         except psutil.Error:  # it ended
             continue
     return total >> 20
-
-
-@contextmanager
-def server(arm: str, bundle: Path, replicas: int) -> Iterator[tuple[psutil.Process, int]]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command: list[Any] = [sys.executable, HERE / "_servers.py", arm, bundle, str(port)]
-    path = "/docs"
-    if arm == "mmray":
-        command = [sys.executable, "-m", "mmray", "serve", bundle, "--port", str(port)]
-        command += ["--replicas", str(replicas)]
-        path = "/readyz"
-    environment = {**os.environ, "RAY_ADDRESS": "local"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            command, env=environment, stdout=said, stderr=said, start_new_session=True
-        )
-        try:
-            _wait(process, f"http://127.0.0.1:{port}{path}", said)
-            yield psutil.Process(process.pid), port
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _wait(process: subprocess.Popen[bytes], url: str, said: Any) -> None:
-    end = time.monotonic() + START_S
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:  # our own server's
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    said.seek(0)
-    raise SystemExit(f"no server at {url}:\n{said.read()[-3000:]}")
 
 
 # --- what comes out ------------------------------------------------------------------------------
