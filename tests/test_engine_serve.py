@@ -38,6 +38,7 @@ from mmray import config
 from mmray.archive.rows import Sample
 from mmray.archive.shards import list_shards, read_shard
 from mmray.client import AsyncClient, Client, Pair, Problem, Score
+from mmray.engine import serve as engine_serve
 from mmray.errors import BundleError, ConfigError, RunError
 from mmray.predict import Predictor
 from mmray.serving.settings import ServeConfig
@@ -494,6 +495,23 @@ def test_the_readme_serves_until_ctrl_c_and_asks_for_its_token(tmp_path: Path) -
         process.send_signal(signal.SIGINT)
         assert process.wait(120) == 0
         assert not psutil.wait_procs(children, timeout=60)[1], "processes were left behind"
+
+
+def test_ctrl_c_ends_a_server_whichever_thread_the_kernel_tells() -> None:
+    def told() -> None:
+        time.sleep(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        if not ended.wait(10):
+            os.kill(os.getpid(), signal.SIGTERM)  # to the main thread: the test goes on
+
+    ended, began = threading.Event(), time.monotonic()
+    other = threading.Thread(target=told)
+    other.start()
+    engine_serve._wait_for_signal()
+    took = time.monotonic() - began
+    ended.set()
+    other.join()
+    assert took < 8
 
 
 def test_a_server_that_is_killed_leaves_its_port(tmp_path: Path) -> None:

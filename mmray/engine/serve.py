@@ -50,6 +50,7 @@ SURGE_PERCENT = 100  # of the replicas; new ones start before old ones stop
 MARGIN_S = 5.0  # after our own deadline, before Serve's
 PROBES = 32  # requests a replica takes above those it scores: refusals, probes, pages
 TELL_S = 30.0  # between lines while replicas start
+LOOK_S = 0.5  # for a signal
 HEALTH_PERIOD_S, HEALTH_TIMEOUT_S = 10.0, 30.0
 WATCH = """
 import psutil, sys
@@ -324,12 +325,16 @@ def _quiet() -> None:
 
 
 def _wait_for_signal() -> None:
-    """Until SIGINT or SIGTERM; Ray's handlers, which end the process at once, are put back."""
+    """Until SIGINT or SIGTERM; Ray's handlers, which end the process at once, are put back.
+
+    A signal that the kernel gives to another thread, as it may after a stop, wakes nobody: it is
+    looked for."""
     told = threading.Event()
     before = {
         number: signal.signal(number, lambda *_: told.set())
         for number in (signal.SIGINT, signal.SIGTERM)
     }
-    told.wait()
+    while not told.wait(LOOK_S):
+        pass
     for number, handler in before.items():
         signal.signal(number, handler)

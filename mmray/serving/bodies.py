@@ -159,7 +159,7 @@ def _kind(tree: Any) -> str:
 @dataclass(slots=True)
 class _Part:
     headers: dict[bytes, bytes] = field(default_factory=dict)
-    data: bytearray = field(default_factory=bytearray)
+    data: list[memoryview] = field(default_factory=list)  # of the body, not copied
 
     def name_and_file(self) -> tuple[str, bool]:
         _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
@@ -201,7 +201,7 @@ class _Parts:
         self._name = self._value = b""
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
-        self.found[-1].data += memoryview(data)[start:end]
+        self.found[-1].data.append(memoryview(data)[start:end])
 
 
 def _form(body: bytes, options: dict[bytes, bytes]) -> _Given:
@@ -230,7 +230,7 @@ def _named(parts: _Parts) -> Iterator[tuple[str, bool, bytes]]:
     for part in parts.found:
         name, is_file = part.name_and_file()
         _check_names([name])
-        yield name, is_file, bytes(part.data)
+        yield name, is_file, b"".join(part.data)
 
 
 # --- headers -------------------------------------------------------------------------------------
