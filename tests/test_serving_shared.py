@@ -20,7 +20,8 @@ from mmray.archive.rows import Sample
 from mmray.engine.guard import Guard
 from mmray.errors import BadRow
 from mmray.preprocess import Prepared, Preprocessor
-from mmray.serving.shared import Elsewhere, Filled, Receiver, Sender, Tray, Where
+from mmray.serving import shared
+from mmray.serving.shared import Elsewhere, Filled, Laid, Receiver, Sender, Tray, Where
 
 SIZE, ROWS = 8, 4
 
@@ -145,13 +146,22 @@ def samples(first: int, count: int) -> list[Sample]:
     return [Sample("s", i, "", p, tiny.caption(first + i)) for i, p in enumerate(pictures)]
 
 
-def test_a_child_puts_pixels_into_its_tray_and_sends_the_rest(preprocessor: Preprocessor) -> None:
+def test_pictures_and_pixels_lie_in_a_tray_and_the_rest_is_sent(
+    preprocessor: Preprocessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = sorted(len(tiny.jpeg(i)) for i in (10, 12, 13))[1]
+    monkeypatch.setattr(shared, "PICTURE_BYTES", most)  # one of these is larger
     tray = Tray(preprocessor.cfg.image.size, ROWS)
     guard = Guard(tray.filled_by(preprocessor), 30)
     try:
         for first in (0, 10, 20):  # 3 of 4 slots each time, so that they go round
             asked = samples(first, ROWS)
-            outcomes = guard.outcomes(asked)
+            laid = tray.laid(asked)
+            assert [isinstance(each, Laid) for each in laid] == [
+                bool(first) and 0 < len(sample.image or b"") <= most for sample in asked
+            ]
+            assert all(each.sample.image is None for each in laid if isinstance(each, Laid))
+            outcomes = guard.outcomes(laid)
             assert [isinstance(outcome, Filled) for outcome in outcomes] == [
                 True,
                 False,
@@ -161,11 +171,12 @@ def test_a_child_puts_pixels_into_its_tray_and_sends_the_rest(preprocessor: Prep
             assert all(outcome.row.pixels is None for outcome in outcomes[2:])
             found = [tray.taken(outcome) for outcome in outcomes]
             expect_same(found, [preprocessor.prepare(sample) for sample in asked])
-        kept, (other,) = found, guard.outcomes(samples(30, 1))
+        kept, (other,) = found, guard.outcomes(tray.laid(samples(30, 1)))
         tray.taken(other)
         expect_same(kept, [preprocessor.prepare(sample) for sample in asked])
-        broken = guard.prepare(Sample("s", 0, "", b"no picture", "a caption"))
-        assert isinstance(broken, BadRow) and tray.taken(broken) is broken
+        for picture in (b"no picture", b""):
+            (broken,) = guard.outcomes(tray.laid([Sample("s", 0, "", picture, "a caption")]))
+            assert isinstance(broken, BadRow) and tray.taken(broken) is broken
     finally:
         guard._end(0)
 

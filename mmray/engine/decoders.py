@@ -93,7 +93,8 @@ class Decoders:
     def _outcomes(self, i: int, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
         """Of at most ``ROWS`` samples, as many as a tray holds; none of those after one that ended
         the child."""
-        return [self._trays[i].taken(outcome) for outcome in self._guards[i].outcomes(samples)]
+        tray = self._trays[i]
+        return [tray.taken(outcome) for outcome in self._guards[i].outcomes(tray.laid(samples))]
 
     def _sound_of(self, i: int, samples: Sequence[Sample]) -> Sample | None:
         """The first that can be prepared, of samples that are all tried."""

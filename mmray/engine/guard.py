@@ -35,8 +35,8 @@ Ready = tuple[list[Sample], list[Prepared | None]]
 class Prepares(Protocol):
     """A Preprocessor, or what else may crash on a row. It travels to the child."""
 
-    def prepare(self, sample: Sample) -> Any:
-        """Something of a sample; raises BadRow."""
+    def prepare(self, sample: Any) -> Any:
+        """Something of a Sample, or of what is sent in its place; raises BadRow."""
 
 
 def limit_memory() -> None:
@@ -112,7 +112,7 @@ class Guard:
         (outcome,) = self.outcomes([sample])
         return outcome
 
-    def outcomes(self, samples: Sequence[Sample]) -> list[Any]:
+    def outcomes(self, samples: Sequence[Any]) -> list[Any]:
         """One a sample, in order, up to the first that ends the child, whose is the last: those
         after it were not tried. All go to the child in one message. Raises RunError where no child
         starts."""

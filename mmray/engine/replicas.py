@@ -9,17 +9,14 @@ pair itself is sent then.
 from __future__ import annotations
 
 import asyncio
-import collections
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
 from ray.exceptions import RayActorError, RayError
-from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
@@ -28,6 +25,7 @@ from mmray import serving as serving_room
 from mmray.archive.rows import Sample
 from mmray.bundle import Bundle, load, read_manifest
 from mmray.engine.decoders import Decoders
+from mmray.engine.meters import Meters, ModelMeters
 from mmray.engine.turns import wait_for_turns
 from mmray.errors import BadRow, BundleError, MmrayError, RunError
 from mmray.memory import settle
@@ -36,15 +34,10 @@ from mmray.serving import app, card
 from mmray.serving.answers import Busy, Outcome, Result, outcomes
 from mmray.serving.headers import Door
 from mmray.serving.lane import Lane
-from mmray.serving.responses import SUM_S
 from mmray.serving.settings import ServeConfig, token_of
 from mmray.serving.shared import Elsewhere, Receiver, Sender, Where
 
 ATTEMPTS = 3  # to score what a replica was given that died; scoring twice changes nothing
-
-#: Upper bounds of what histograms count.
-ROWS: list[float] = [1, 2, 4, 8, 12, 16, 24, 32, 64, 128, 256]
-SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30]
 
 
 def loaded(uri: str, fingerprint: str) -> Bundle:
@@ -145,58 +138,6 @@ class Scorer:
         assert self._pulse is not None
         row, expected = self._pulse
         return float(abs(self._predictor.forward([row]).probabilities - expected).max())
-
-
-class ModelMeters:
-    """What Prometheus is told of the model."""
-
-    def __init__(self) -> None:
-        self._rows = metrics.Histogram("mmray_batch_rows", "Pairs scored together.", ROWS)
-        self._seconds = metrics.Histogram(
-            "mmray_model_seconds", "A batch, from the call of the model to its scores.", SECONDS
-        )
-
-    def scored(self, rows: int, seconds: float) -> None:
-        self._rows.observe(rows)
-        self._seconds.observe(seconds)
-
-
-class Meters:
-    """What Prometheus is told of requests, beside what Serve tells it (queues, replicas)."""
-
-    def __init__(self) -> None:
-        by: Any = ("path", "status")  # which Ray takes for one name
-        self._requests = metrics.Counter("mmray_requests", "Requests answered.", tag_keys=by)
-        self._request = metrics.Histogram(
-            "mmray_request_seconds", "From head to answer, of those not told 503.", SECONDS,
-            tag_keys=("path",),
-        )  # fmt: skip
-        self._decode = metrics.Histogram(
-            "mmray_decode_seconds", "Pictures and captions of a request.", SECONDS
-        )
-        self._wait = metrics.Histogram(
-            "mmray_wait_seconds", "Until a group of decoded pairs is sent to be scored.", SECONDS
-        )
-
-        self._answered: collections.Counter[tuple[str, int]] = collections.Counter()
-
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        if not self._answered:  # Ray's counter takes 0.1 ms, as for one so for many
-            asyncio.get_running_loop().call_later(SUM_S, self._count)
-        self._answered[path, status] += 1
-        if status != HTTPStatus.SERVICE_UNAVAILABLE:
-            self._request.observe(seconds, tags={"path": path})
-
-    def _count(self) -> None:
-        for (path, status), count in self._answered.items():
-            self._requests.inc(count, tags={"path": path, "status": str(status)})
-        self._answered.clear()
-
-    def waited(self, seconds: float) -> None:
-        self._wait.observe(seconds)
-
-    def decoded(self, seconds: float) -> None:
-        self._decode.observe(seconds)
 
 
 class Ingress:

@@ -32,7 +32,7 @@ from mmray.serving.settings import ServeConfig
 
 log = logging.getLogger(__name__)
 
-SMALL_BYTES = 256 << 10
+SMALL_BYTES = 2 << 20
 
 
 class Backend(Protocol):
@@ -136,16 +136,17 @@ class _Server:
         declared = request.headers.get("content-length", "0")
         if declared.isdecimal() and int(declared) > most:
             raise _too_large(int(declared), most)
-        body = bytearray()
-        seconds = self.cfg.deadlines.body_s
+        chunks: list[bytes] = []
+        size, seconds = 0, self.cfg.deadlines.body_s
         try:
             async with asyncio.timeout(seconds):
                 async for chunk in request.stream():
-                    body += chunk
+                    chunks.append(chunk)
+                    size += len(chunk)
                     self.held += len(chunk)
-                    request.state.bytes = len(body)
-                    if len(body) > most:
-                        raise _too_large(len(body), most)
+                    request.state.bytes = size
+                    if size > most:
+                        raise _too_large(size, most)
                     if self.held > self.cfg.limits.held_bytes:
                         raise Busy("too many bytes in work")
         except TimeoutError:
@@ -154,7 +155,7 @@ class _Server:
             ) from None
         except ClientDisconnect:
             raise Refused(400, "body cut", "the connection ended before the body did") from None
-        return bytes(body)
+        return b"".join(chunks)
 
     def busy(self) -> Refused:
         wait = self.cfg.deadlines.retry_after_s

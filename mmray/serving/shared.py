@@ -1,4 +1,4 @@
-"""Pixels between the processes of one machine: they are told where those lie, not sent them.
+"""Pictures and pixels between the processes of one machine: told where they lie, not sent.
 
 Sent, every byte is copied a dozen times on its way: pickled, framed, through the kernel, and all
 that backwards, which takes the caches from the model. Here a sender writes pixels into memory that
@@ -28,6 +28,7 @@ R = TypeVar("R")
 NAME = "mmray-pixels"
 KEY_BYTES = 64  # at the beginning: whose memory it is
 MAPPED = 8  # memories a receiver has open: senders come and go
+PICTURE_BYTES = 2 << 20  # of memory for a picture as it came; larger ones are sent
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Where:
     """Where the pixels of some rows lie: in which file of which process, in slots of ``shape``
-    (H, W, 3), one a row; None for a row that has its pixels, or none."""
+    ((H, W, 3); of pictures their bytes), one a row; None for a row that has its own, or none."""
 
     pid: int
     file: int
@@ -52,7 +53,7 @@ class Sender:
     """Memory for the pixels of up to ``rows`` rows of ``size`` x ``size``; for one event loop."""
 
     def __init__(self, size: int, rows: int) -> None:
-        self._memory = _memory(size, rows)
+        self._memory = _memory((size, size, 3), rows)
 
     async def ask(
         self,
@@ -97,27 +98,51 @@ class Receiver:
 
 
 class Tray:
-    """Memory into which a child puts the pixels that it prepares, for ``rows`` rows: no more may be
-    asked of it before these are taken out."""
+    """Memory for the pictures that a child is to prepare and the pixels that it makes of them, of
+    ``rows`` rows: no more may be asked of it before these are taken out."""
 
     def __init__(self, size: int, rows: int) -> None:
-        self._memory = _memory(size, rows)
+        self._pixels = _memory((size, size, 3), rows)
+        self._pictures = _memory((PICTURE_BYTES,), rows)
+        self._seen = False  # by the child
 
     def filled_by(self, preprocessor: Preprocessor) -> Preprocessor | Fills:
         """What the child is to prepare with, in place of ``preprocessor``."""
-        if self._memory is None:
+        if self._pixels is None or self._pictures is None:
             return preprocessor
-        return Fills(preprocessor, self._memory.where(()))
+        return Fills(preprocessor, self._pixels.where(()), self._pictures.where(()))
+
+    def laid(self, samples: Sequence[Sample]) -> list[Sample | Laid]:
+        """What the child is sent for samples, once it has shown that it sees this memory."""
+        return [self._laid(row, sample) for row, sample in enumerate(samples)]
+
+    def _laid(self, slot: int, sample: Sample) -> Sample | Laid:
+        picture = sample.image
+        if not self._seen or not picture or len(picture) > PICTURE_BYTES:
+            return sample
+        assert self._pictures is not None
+        self._pictures.slots[slot, : len(picture)] = np.frombuffer(picture, np.uint8)
+        return Laid(replace(sample, image=None), slot, len(picture))
 
     def taken(self, outcome: Any) -> Any:
         """What the child prepared, with its pixels, which are the caller's; of anything else, that
         itself."""
         if not isinstance(outcome, Filled):
             return outcome
-        assert self._memory is not None
+        assert self._pixels is not None
+        self._seen = True
         return replace(
-            outcome.row, pixels=self._memory.slots[outcome.slot].copy().transpose(2, 0, 1)
+            outcome.row, pixels=self._pixels.slots[outcome.slot].copy().transpose(2, 0, 1)
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A sample less its picture, and in which slot of the tray how many bytes of that lie."""
+
+    sample: Sample
+    slot: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,30 +154,36 @@ class Filled:
 
 
 class Fills:
-    """A Preprocessor in the child of whoever has the tray at ``where``."""
+    """A Preprocessor in the child of whoever has the tray at these two."""
 
-    def __init__(self, preprocessor: Preprocessor, where: Where) -> None:
-        self._preprocessor, self._where = preprocessor, where
-        self._slots: np.ndarray | None = None
+    def __init__(self, preprocessor: Preprocessor, pixels: Where, pictures: Where) -> None:
+        self._preprocessor, self._where = preprocessor, (pixels, pictures)
+        self._pixels: np.ndarray | None = None
+        self._pictures: np.ndarray | None = None
         self._next = 0
 
-    def prepare(self, sample: Sample) -> Prepared | Filled:
+    def prepare(self, sample: Sample | Laid) -> Prepared | Filled:
         """As Preprocessor.prepare. A tray that cannot be seen is not filled."""
+        if self._pixels is None or self._pictures is None:
+            pixels, pictures = self._where
+            self._pixels, self._pictures = _mapped(pixels, to_write=True), _mapped(pictures)
+        if isinstance(sample, Laid):
+            assert self._pictures is not None, "it was seen before"
+            picture = self._pictures[sample.slot, : sample.size].tobytes()
+            sample = replace(sample.sample, image=picture)
         row = self._preprocessor.prepare(sample)
-        if self._slots is None:
-            self._slots = _mapped(self._where, to_write=True)
-        if self._slots is None or row.pixels is None:
+        if self._pixels is None or self._pictures is None or row.pixels is None:
             return row
-        slot, self._next = self._next, (self._next + 1) % len(self._slots)
-        self._slots[slot] = row.pixels.transpose(1, 2, 0)
+        slot, self._next = self._next, (self._next + 1) % len(self._pixels)
+        self._pixels[slot] = row.pixels.transpose(1, 2, 0)
         return Filled(replace(row, pixels=None), slot)
 
 
-def _memory(size: int, rows: int) -> _Memory | None:
-    """For the pixels of ``rows`` rows; None where there is none to share."""
+def _memory(shape: tuple[int, ...], rows: int) -> _Memory | None:
+    """``rows`` slots of ``shape``; None where there is none to share."""
     if hasattr(os, "memfd_create"):
         try:
-            return _Memory((size, size, 3), rows)
+            return _Memory(shape, rows)
         except OSError as error:  # a sandbox may forbid it
             log.info("pixels are sent: no memory to share: %s", error)
     return None
