@@ -32,7 +32,7 @@ from mmray.serving.settings import ServeConfig
 
 log = logging.getLogger(__name__)
 
-SMALL_BYTES = 2 << 20
+SMALL_BYTES = 2 << 20  # a millisecond or two of the loop's time
 
 
 class Backend(Protocol):
