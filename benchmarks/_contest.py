@@ -62,8 +62,7 @@ class Contestant:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Meanwhile it runs; then it is stopped again."""
-        for each in self._all():
-            each.resume()
+        self.resume()
         try:
             yield
         finally:
