@@ -18,9 +18,9 @@ full. Goodput in that overload is over what the server answered at saturation ri
 answers right after: the machine's own speed changes by a tenth within minutes. Light load is five
 requests a second, so that they come one at a time, as those of the bare Predictor do right before;
 a tenth of what batches make possible may be half of what single pairs do. ``added_p50_ms`` is
-what a request takes less its own time in the model, as the server tells it, and less what decoding
-takes in the Predictor; ``over_alone_p50_ms`` is the difference of the medians of the two, in which
-what a model is slower by in a server than by itself counts, too.
+what a request takes less its own decoding and its own time in the model, as the server tells them;
+``over_alone_p50_ms`` is the difference of the medians of the two, in which what these are slower by
+in a server than by themselves counts, too.
 
 Last, under half of the load, replicas are killed and bundles change, see ``_changes.py``:
 ``--changes`` is for how many seconds each is watched; 0: none of it.
@@ -208,11 +208,14 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
             for c in cases
         ]
 
-    def light(case: dict[str, Any], of: str, less: str) -> float | None:
-        """The median ``of`` requests at light load, less what the Predictor's pair took alone."""
+    def added(case: dict[str, Any]) -> float | None:
+        found = case.get("mmray")
+        return None if found is None else float(found["light"]["added_ms"]["p50"])
+
+    def over_alone(case: dict[str, Any]) -> float | None:
         if "mmray" not in case or "predictor" not in case:
             return None
-        return float(case["mmray"]["light"][of]["p50"] - case["predictor"][less])
+        return float(case["mmray"]["light"]["ms"]["p50"] - case["predictor"]["alone_ms"])
 
     def recovered(case: dict[str, Any]) -> float | None:
         """Seconds; longer than was looked where it did not."""
@@ -242,8 +245,8 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         "recovery_s": worst([recovered(case) for case in cases], max),
         "client_lost": counted("client_lost"),
         "client_wrong": counted("client_wrong"),
-        "added_p50_ms": worst([light(c, "around_model_ms", "decode_ms") for c in cases], max),
-        "over_alone_p50_ms": worst([light(c, "ms", "alone_ms") for c in cases], max),
+        "added_p50_ms": worst([added(case) for case in cases], max),
+        "over_alone_p50_ms": worst([over_alone(case) for case in cases], max),
         "cases": cases,
     }
 
@@ -270,6 +273,7 @@ def _loads(found: dict[str, Any]) -> list[str]:
         ms = [row["ms"].get(p, float("nan")) for p in ("p50", "p95", "p99")]
         ends = "".join(f"{value:8.1f}" for value in ms)
         lines.append(f"  {name:15}{row['sent']:7}{row['goodput']:8.1f}{ends}  {row['statuses']}")
+    lines.append(f"  at {LIGHT:g}/s beside decoding and the model: {found['light']['added_ms']} ms")
     if "overload" in found:
         refused, (before, most, after) = found["overload"]["refused_ms"], found["memory_mib"]
         lines.append(f"  refused under overload after {refused} ms")

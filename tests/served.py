@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,12 @@ class Local:
         waiting = self.before()
         if asyncio.iscoroutine(waiting):
             await waiting
+        began = time.perf_counter()
         left, prepared = self.preprocessor.prepare_all(samples)
+        decode_s = time.perf_counter() - began
         scored = self.predictor.score(left, prepared)
-        return answers.outcomes(scored.table, self.predictor.fingerprint, scored.seconds_predict)
+        found = answers.outcomes(scored.table, self.predictor.fingerprint, scored.seconds_predict)
+        return [answers.timed(outcome, decode_s) for outcome in found]
 
     async def check(self) -> Mapping[str, Any]:
         assert self.predictor.golden is not None

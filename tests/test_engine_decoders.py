@@ -51,7 +51,7 @@ def test_a_picture_that_kills_or_hangs_its_decoder_costs_itself_alone_and_no_tim
 ) -> None:
     async def run() -> None:
         began = time.monotonic()
-        found = await made.prepare(asked("a", "die", "b", "c", "d", "e"))
+        found = [row for row, _ in await made.prepare(asked("a", "die", "b", "c", "d", "e"))]
         assert [isinstance(row, Prepared) for row in found] == [True, False, *[True] * 4]
         assert [row.tokens[0] for row in found if isinstance(row, Prepared)] == [0, 2, 3, 4, 5]
         assert "decode crashed: its process ended with SIGKILL" in str(found[1])
@@ -62,10 +62,11 @@ def test_a_picture_that_kills_or_hangs_its_decoder_costs_itself_alone_and_no_tim
         began = time.monotonic()
         hangs = asyncio.ensure_future(made.prepare(asked("hang")))
         await asyncio.sleep(0.1)
-        (row,) = await made.prepare(asked("a"))
+        ((row, _),) = await made.prepare(asked("a"))
         assert isinstance(row, Prepared) and time.monotonic() - began < DEADLINE_S - 1
-        (late,) = await hangs
+        ((late, seconds),) = await hangs
         assert isinstance(late, BadRow) and late.reason == "decode took too long"
+        assert seconds == 0.0
 
     asyncio.run(run())
 

@@ -162,21 +162,18 @@ def test_pictures_and_pixels_lie_in_a_tray_and_the_rest_is_sent(
             ]
             assert all(each.sample.image is None for each in laid if isinstance(each, Laid))
             outcomes = guard.outcomes(laid)
-            assert [isinstance(outcome, Filled) for outcome in outcomes] == [
-                True,
-                False,
-                True,
-                True,
-            ]
+            assert all(isinstance(outcome, Filled) for outcome in outcomes)
+            assert [outcome.slot is None for outcome in outcomes] == [False, True, False, False]
             assert all(outcome.row.pixels is None for outcome in outcomes[2:])
-            found = [tray.taken(outcome) for outcome in outcomes]
+            found, seconds = zip(*map(tray.taken, outcomes), strict=True)
+            assert all(each > 0 for each in seconds)
             expect_same(found, [preprocessor.prepare(sample) for sample in asked])
         kept, (other,) = found, guard.outcomes(tray.laid(samples(30, 1)))
         tray.taken(other)
         expect_same(kept, [preprocessor.prepare(sample) for sample in asked])
         for picture in (b"no picture", b""):
             (broken,) = guard.outcomes(tray.laid([Sample("s", 0, "", picture, "a caption")]))
-            assert isinstance(broken, BadRow) and tray.taken(broken) is broken
+            assert isinstance(broken, BadRow) and tray.taken(broken) == (broken, 0.0)
     finally:
         guard._end(0)
 
@@ -186,11 +183,12 @@ def test_pixels_that_no_tray_can_be_had_for_are_sent(
 ) -> None:
     (sample,) = samples(0, 1)
     fills = Tray(preprocessor.cfg.image.size, ROWS).filled_by(preprocessor)  # its tray is gone
-    expect_same([fills.prepare(sample)], [preprocessor.prepare(sample)])
+    expect_same([fills.prepare(sample).row], [preprocessor.prepare(sample)])
     monkeypatch.delattr(os, "memfd_create")
     tray = Tray(preprocessor.cfg.image.size, ROWS)
-    assert tray.filled_by(preprocessor) is preprocessor
-    expect_same([tray.taken(preprocessor.prepare(sample))], [preprocessor.prepare(sample)])
+    row, seconds = tray.taken(tray.filled_by(preprocessor).prepare(sample))
+    assert isinstance(row, Prepared) and seconds > 0
+    expect_same([row], [preprocessor.prepare(sample)])
 
 
 def test_what_is_not_the_senders_memory_is_not_opened(tmp_path: Path) -> None:

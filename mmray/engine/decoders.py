@@ -16,7 +16,7 @@ from mmray.preprocess import Prepared
 from mmray.serving import card
 from mmray.serving.lane import Lane
 from mmray.serving.settings import ServeConfig
-from mmray.serving.shared import Tray
+from mmray.serving.shared import Decoded, Tray
 
 ROWS = 4  # that a child is given in one go, when so many wait
 SPARES = 1  # children that stand by: starting one takes seconds
@@ -52,9 +52,9 @@ class Decoders:
         """Whether pairs are being prepared now."""
         return self._lane.busy
 
-    async def prepare(self, samples: Sequence[Sample]) -> list[Prepared | BadRow]:
+    async def prepare(self, samples: Sequence[Sample]) -> list[Decoded]:
         """One outcome a sample, in order. Raises RunError when no child starts."""
-        found: dict[int, Prepared | BadRow] = {}
+        found: dict[int, Decoded] = {}
         while left := [i for i in range(len(samples)) if i not in found]:
             tried = zip(left, await self._lane.results(samples[i] for i in left), strict=True)
             found |= {i: row for i, row in tried if row is not None}
@@ -65,11 +65,11 @@ class Decoders:
         if self._sound is None:
             return
         loop = asyncio.get_running_loop()
-        (row,) = await loop.run_in_executor(self._threads, self._prepare, [self._sound])
-        if not isinstance(row, Prepared):
-            raise RunError(f"a golden pair cannot be prepared: {row}")
+        (found,) = await loop.run_in_executor(self._threads, self._prepare, [self._sound])
+        if found is None or isinstance(found[0], BadRow):
+            raise RunError(f"a golden pair cannot be prepared: {found and found[0]}")
 
-    async def _given(self, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
+    async def _given(self, samples: Sequence[Sample]) -> list[Decoded | None]:
         loop = asyncio.get_running_loop()
         work = loop.run_in_executor(self._threads, self._prepare, samples)
         if (await asyncio.wait([work], timeout=LATE_S))[0]:
@@ -77,7 +77,7 @@ class Decoders:
         with self._lane.one_more():  # for the spare, while this one takes its time
             return await work
 
-    def _prepare(self, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
+    def _prepare(self, samples: Sequence[Sample]) -> list[Decoded | None]:
         """One outcome a row; None for those after one that ended the child, which are not made to
         wait for another of its kind."""
         _, i = self._idle.get()
@@ -88,9 +88,9 @@ class Decoders:
                 self._put_back(i)
             else:
                 self._restarts.submit(self._restart, i)
-        return found + [None] * (len(samples) - len(found))
+        return [*found, *[None] * (len(samples) - len(found))]
 
-    def _outcomes(self, i: int, samples: Sequence[Sample]) -> list[Prepared | BadRow | None]:
+    def _outcomes(self, i: int, samples: Sequence[Sample]) -> list[Decoded]:
         """Of at most ``ROWS`` samples, as many as a tray holds; none of those after one that ended
         the child."""
         tray = self._trays[i]
@@ -99,7 +99,9 @@ class Decoders:
     def _sound_of(self, i: int, samples: Sequence[Sample]) -> Sample | None:
         """The first that can be prepared, of samples that are all tried."""
         tried = [self._outcomes(i, [sample]) for sample in samples]
-        sound = (s for s, (row,) in zip(samples, tried, strict=True) if isinstance(row, Prepared))
+        sound = (
+            s for s, ((row, _),) in zip(samples, tried, strict=True) if isinstance(row, Prepared)
+        )
         return next(sound, None)
 
     def _restart(self, i: int) -> None:

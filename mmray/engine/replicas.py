@@ -30,7 +30,7 @@ from mmray.engine.turns import wait_for_turns
 from mmray.errors import BadRow, BundleError, MmrayError, RunError
 from mmray.memory import settle
 from mmray.preprocess import Prepared
-from mmray.serving import app, card
+from mmray.serving import answers, app, card
 from mmray.serving.answers import Busy, Outcome, Result, outcomes
 from mmray.serving.headers import Door
 from mmray.serving.lane import Lane
@@ -182,16 +182,19 @@ class Ingress:
 
     async def score(self, samples: Sequence[Sample]) -> list[Outcome]:
         began = time.perf_counter()
-        prepared = await self._decoders.prepare(samples)
+        decoded = await self._decoders.prepare(samples)
         self._meters.decoded(time.perf_counter() - began)
-        pairs = zip(samples, prepared, strict=True)
-        sound = [(sample, row) for sample, row in pairs if not isinstance(row, BadRow)]
+        pairs = zip(samples, decoded, strict=True)
+        sound = [(sample, row) for sample, (row, _) in pairs if not isinstance(row, BadRow)]
         found = await self._lane.results(sound)
         if len({row.fingerprint for row in found if isinstance(row, Result)}) > 1:
             # Bundles change just now; one answer is of one model.
             found = await self._whole([sample for sample, _ in sound])
         scored = iter(found)
-        return [row if isinstance(row, BadRow) else next(scored) for row in prepared]
+        return [
+            row if isinstance(row, BadRow) else answers.timed(next(scored), seconds)
+            for row, seconds in decoded
+        ]
 
     async def check(self) -> Mapping[str, Any]:
         try:

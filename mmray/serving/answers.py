@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
@@ -57,12 +57,13 @@ class Busy(MmrayError):
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One scored pair: a row of a score table, which bundle scored it, and for how many seconds its
-    batch was in the model."""
+    """One scored pair: a row of a score table, which bundle scored it, for how many seconds its
+    batch was in the model, and how many its decoding took."""
 
     columns: Mapping[str, Any]
     fingerprint: str
-    seconds: float
+    model_s: float
+    decode_s: float = 0.0
 
     def encode(self) -> dict[str, Any]:
         """For the caller: ``label``, ``scores`` by label, what else its table has, ``model``."""
@@ -78,6 +79,11 @@ class Result:
 _ABOUT = (rows.SHARD, rows.ROW, rows.KEY, rows.ERROR, rows.ERROR_STAGE)
 
 Outcome = Result | BadRow
+
+
+def timed(outcome: Outcome, decode_s: float) -> Outcome:
+    """The outcome of a pair whose decoding took so long."""
+    return replace(outcome, decode_s=decode_s) if isinstance(outcome, Result) else outcome
 
 
 def outcomes(table: pa.Table, fingerprint: str, seconds: float) -> list[Outcome]:

@@ -117,6 +117,7 @@ class Direct(Logged):
         except Refused as error:
             answer = await refused(request, error)
         await answer(scope, receive, send)
+        await asyncio.sleep(0)  # its bytes leave now, not when all is logged and counted
 
 
 class TurnedAway:

@@ -161,7 +161,7 @@ REFUSALS = {
 
 TIMING: Headers = {
     "Server-Timing": {
-        "description": "milliseconds: model (its batch, in the model) and total (as seconds)",
+        "description": "milliseconds: decode, model (its batch, in the model), total (as seconds)",
         "schema": {"type": "string"},
     }
 }

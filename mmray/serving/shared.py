@@ -13,14 +13,16 @@ import logging
 import mmap
 import os
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from mmray.archive.rows import Sample
+from mmray.errors import BadRow
 from mmray.preprocess import Prepared, Preprocessor
 
 R = TypeVar("R")
@@ -29,6 +31,9 @@ NAME = "mmray-pixels"
 KEY_BYTES = 64  # at the beginning: whose memory it is
 MAPPED = 8  # memories a receiver has open: senders come and go
 PICTURE_BYTES = 2 << 20  # of memory for a picture as it came; larger ones are sent
+
+#: What became of a pair, and how many seconds it took to prepare.
+Decoded = tuple[Prepared | BadRow, float]
 
 log = logging.getLogger(__name__)
 
@@ -106,10 +111,10 @@ class Tray:
         self._pictures = _memory((PICTURE_BYTES,), rows)
         self._seen = False  # by the child
 
-    def filled_by(self, preprocessor: Preprocessor) -> Preprocessor | Fills:
+    def filled_by(self, preprocessor: Preprocessor) -> Fills:
         """What the child is to prepare with, in place of ``preprocessor``."""
         if self._pixels is None or self._pictures is None:
-            return preprocessor
+            return Fills(preprocessor)
         return Fills(preprocessor, self._pixels.where(()), self._pictures.where(()))
 
     def laid(self, samples: Sequence[Sample]) -> list[Sample | Laid]:
@@ -124,16 +129,17 @@ class Tray:
         self._pictures.slots[slot, : len(picture)] = np.frombuffer(picture, np.uint8)
         return Laid(replace(sample, image=None), slot, len(picture))
 
-    def taken(self, outcome: Any) -> Any:
-        """What the child prepared, with its pixels, which are the caller's; of anything else, that
-        itself."""
-        if not isinstance(outcome, Filled):
-            return outcome
-        assert self._pixels is not None
-        self._seen = True
-        return replace(
-            outcome.row, pixels=self._pixels.slots[outcome.slot].copy().transpose(2, 0, 1)
-        )
+    def taken(self, outcome: Filled | BadRow) -> Decoded:
+        """What the child prepared, with its pixels, which are the caller's."""
+        if isinstance(outcome, BadRow):
+            return outcome, 0.0
+        row = outcome.row
+        if outcome.slot is not None:
+            assert self._pixels is not None
+            self._seen = True
+            pixels = self._pixels.slots[outcome.slot].copy()
+            row = replace(row, pixels=pixels.transpose(2, 0, 1))
+        return row, outcome.seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,36 +153,45 @@ class Laid:
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """A row less its pixels, and the slot of the tray that they lie in."""
+    """A row less its pixels, and the slot of the tray that they lie in (None: with them), and how
+    many seconds it took to prepare."""
 
     row: Prepared
-    slot: int
+    slot: int | None
+    seconds: float
 
 
 class Fills:
-    """A Preprocessor in the child of whoever has the tray at these two."""
+    """A Preprocessor in the child of whoever has the tray at these two, if there is one."""
 
-    def __init__(self, preprocessor: Preprocessor, pixels: Where, pictures: Where) -> None:
+    def __init__(
+        self,
+        preprocessor: Preprocessor,
+        pixels: Where | None = None,
+        pictures: Where | None = None,
+    ) -> None:
         self._preprocessor, self._where = preprocessor, (pixels, pictures)
         self._pixels: np.ndarray | None = None
         self._pictures: np.ndarray | None = None
         self._next = 0
 
-    def prepare(self, sample: Sample | Laid) -> Prepared | Filled:
+    def prepare(self, sample: Sample | Laid) -> Filled:
         """As Preprocessor.prepare. A tray that cannot be seen is not filled."""
-        if self._pixels is None or self._pictures is None:
-            pixels, pictures = self._where
+        pixels, pictures = self._where
+        if pixels and pictures and (self._pixels is None or self._pictures is None):
             self._pixels, self._pictures = _mapped(pixels, to_write=True), _mapped(pictures)
         if isinstance(sample, Laid):
             assert self._pictures is not None, "it was seen before"
             picture = self._pictures[sample.slot, : sample.size].tobytes()
             sample = replace(sample.sample, image=picture)
+        began = time.perf_counter()
         row = self._preprocessor.prepare(sample)
+        seconds = time.perf_counter() - began
         if self._pixels is None or self._pictures is None or row.pixels is None:
-            return row
+            return Filled(row, None, seconds)
         slot, self._next = self._next, (self._next + 1) % len(self._pixels)
         self._pixels[slot] = row.pixels.transpose(1, 2, 0)
-        return Filled(replace(row, pixels=None), slot)
+        return Filled(replace(row, pixels=None), slot, seconds)
 
 
 def _memory(shape: tuple[int, ...], rows: int) -> _Memory | None:
