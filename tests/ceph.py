@@ -13,7 +13,6 @@ import http.client
 import secrets
 import shutil
 import signal
-import socket
 import ssl
 import struct
 import subprocess
@@ -23,6 +22,8 @@ import time
 import uuid
 from pathlib import Path
 from typing import NoReturn
+
+from ports import free_ports
 
 #: Of Debian's packages ceph-mon, ceph-osd and radosgw, and of what they bring.
 PROGRAMS = ("ceph", "ceph-mon", "ceph-osd", "openssl", "radosgw", "radosgw-admin", "setpriv")
@@ -167,15 +168,6 @@ class Ceph:
             lines = [line for line in log.read_text(errors="replace").splitlines() if line]
             said += [f"--- the last lines of {log.name}", *lines[-TAIL:]]
         sys.exit("\n".join(said))
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    try:
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def main() -> None:

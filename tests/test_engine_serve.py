@@ -31,6 +31,7 @@ import pytest
 import served
 import tiny
 from PIL import Image
+from ports import free_port, free_ports
 from prometheus_client.parser import text_string_to_metric_families
 
 from mmray import bundle as bundles
@@ -46,12 +47,6 @@ from mmray.serving.shared import NAME
 
 TOLERANCE = 1e-4  # of a probability: float rounding, whatever else is in the batch
 PAIRS = 500
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @dataclass
@@ -201,6 +196,14 @@ def test_a_slow_sender_is_cut_off(server: Server) -> None:
                 said += s.recv(65536)
     assert said.startswith(b"HTTP/1.1 408") and b"body too slow" in said
     assert time.monotonic() - began < server.cfg.deadlines.body_s + 5
+
+
+def test_an_answer_tells_where_its_time_went(server: Server) -> None:
+    form, kind = served.form(tiny.jpeg(1), b"a sea"), {"content-type": served.FORM}
+    answer = httpx2.post(f"{server.url}/v1/score", content=form, headers=kind)
+    timing = dict(each.split(";dur=") for each in answer.headers["server-timing"].split(", "))
+    decode, model, total = (float(timing[part]) for part in ("decode", "model", "total"))
+    assert decode > 0 and model > 0 and decode + model < total
 
 
 def test_callers_give_serve_no_orders(server: Server) -> None:
@@ -449,7 +452,7 @@ def test_the_readme_serves_until_ctrl_c_and_asks_for_its_token(tmp_path: Path) -
     """Its command and its program, but for the port, and with a token."""
     tiny.bundle(str(tmp_path / "tour" / "model"))
     (tmp_path / "picture.jpg").write_bytes(tiny.jpeg(1))
-    port, metrics_port = free_port(), free_port()
+    port, metrics_port = free_ports(2)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = on_its_own() | {"A_TOKEN": "s3cret", "PATH": path}
     environment["PYTHONPATH"] = str(ROOT)

@@ -10,7 +10,6 @@ import secrets
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from ports import free_ports
 
 from mmray import ledger, storage
 from mmray.bundle import read_manifest
@@ -149,14 +149,6 @@ class Head:
                 lines = (folder / name).read_text().splitlines()
                 found += [f"{name}: {line}" for line in lines if re.search(r" [WECF] \d+ ", line)]
         return "\n".join(found)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in sockets:
-            listener.bind(("127.0.0.1", 0))
-        return [listener.getsockname()[1] for listener in sockets]
 
 
 def test_without_the_token_no_job_is_taken(cluster: Cluster, tmp_path: Path) -> None:
