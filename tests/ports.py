@@ -6,8 +6,8 @@ import contextlib
 import secrets
 import socket
 
-#: Above those of Ray's workers and below those that the kernel gives to connections: one of these
-#: may be taken between its choice and its use.
+#: Above those of Ray's workers, and below those that the kernel gives to connections: one of the
+#: kernel's may be gone between its choice and its use.
 FIRST, LAST = 20000, 29999
 
 
