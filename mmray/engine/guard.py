@@ -132,7 +132,7 @@ class Guard:
             return BadRow("image", TOO_LONG, f"more than {self._seconds:g} s")
         outcome = pipe.recv()
         if isinstance(outcome, MemoryError):
-            self._end()
+            self._end(0)  # it lives, and waits for the next
             return BadRow("image", TOO_MUCH_MEMORY, f"over {self._memory / GiB:g} GiB")
         return outcome
 
