@@ -42,10 +42,15 @@ ALONE, PAUSE_S = 30, 0.2  # pairs that are timed by themselves
 
 
 def samples_of(path: str) -> list[Sample]:
-    from mmray.serving.bodies import one
+    from mmray.serving.bodies import One
     from mmray.serving.settings import Limits
 
-    return [one(body, FORM, Limits()) for body in read_bodies(Path(path))]
+    found = []
+    for body in read_bodies(Path(path)):
+        read = One(FORM, Limits())
+        read.take(body)
+        found.append(read.sample())
+    return found
 
 
 def _score(bundle: str, bodies: str, asked: Any) -> None:

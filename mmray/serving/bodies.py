@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,22 +35,39 @@ NOT_UTF8 = "caption not UTF-8"
 Item = Sample | Refused
 
 
-def one(body: bytes, content_type: str, limits: Limits) -> Sample:
-    """The pair in the body of a request with one. Raises Refused: 400, 413, 415 or 422."""
-    kind, options = _content_type(content_type)
-    if kind == FORM:
-        return _sample(_form(body, options), 0, limits)
-    if kind == JSON:
-        return _sample(_pair(_json(body, limits)), 0, limits)
-    raise _unknown(content_type, (FORM, JSON))
+class One:
+    """The body of a request with one pair, taken as it comes: the bytes of a form are looked at
+    while they are in a cache, and copied once."""
+
+    def __init__(self, content_type: str, limits: Limits) -> None:
+        self._content_type, self._limits = content_type, limits
+        self._kind, options = _content_type(content_type)
+        self._form = _Form(options) if self._kind == FORM else None
+        self._chunks: list[bytes] = []
+
+    def take(self, chunk: bytes) -> None:
+        """The bytes that come next. What is wrong with them is told at the end: a body is read
+        whole before it is answered."""
+        if self._form is not None:
+            self._form.take(chunk)
+        elif self._kind == JSON:
+            self._chunks.append(chunk)
+
+    def sample(self) -> Sample:
+        """The pair, when all bytes are there. Raises Refused: 400, 413, 415 or 422."""
+        if self._form is not None:
+            return _sample(self._form.given(), 0, self._limits)
+        if self._kind == JSON:
+            return _sample(_pair(_json(b"".join(self._chunks), self._limits)), 0, self._limits)
+        raise _unknown(self._content_type, (FORM, JSON))
 
 
-def several(body: bytes, content_type: str, limits: Limits) -> list[Item]:
+def several(chunks: Sequence[bytes], content_type: str, limits: Limits) -> list[Item]:
     """The pairs in the body of a request with several; what is wrong with one is in its place.
 
     Raises Refused for a body that is no list at all, is empty or holds too many.
     """
-    kind, _ = _content_type(content_type)
+    kind, body = _content_type(content_type)[0], b"".join(chunks)
     if kind == JSON:
         items = _json(body, limits, limits.batch_items)
         if not isinstance(items, list):
@@ -159,12 +177,12 @@ def _kind(tree: Any) -> str:
 @dataclass(slots=True)
 class _Part:
     headers: dict[bytes, bytes] = field(default_factory=dict)
-    data: list[memoryview] = field(default_factory=list)  # of the body, not copied
+    data: list[memoryview] = field(default_factory=list)  # of chunks, not copied
 
     def name_and_file(self) -> tuple[str, bool]:
         _, options = parse_options_header(self.headers.get(b"content-disposition", b""))
         if b"name" not in options:
-            raise Refused(400, "body not multipart", "a part without a name")
+            raise _not_a_form("a part without a name")
         return options[b"name"].decode("utf-8", "replace"), b"filename" in options
 
 
@@ -204,33 +222,60 @@ class _Parts:
         self.found[-1].data.append(memoryview(data)[start:end])
 
 
-def _form(body: bytes, options: dict[bytes, bytes]) -> _Given:
-    if not options.get(b"boundary"):
-        raise Refused(400, "body not multipart", "its Content-Type names no boundary")
-    parts = _Parts()
-    try:
-        parser = MultipartParser(options[b"boundary"], parts.callbacks())
-        parser.write(body)
-        parser.finalize()
-    except FormParserError as error:
-        raise Refused(400, "body not multipart", str(error)[:100]) from None
-    if parser.state is not MultipartState.END:
-        raise Refused(400, "body not multipart", "it ends before its closing boundary")
-    given = _Given()
-    for name, is_file, data in _named(parts):
-        if name == "image" and not is_file:
-            raise Refused(422, "image not a file", "give the part image a filename")
-        if getattr(given, name) is not None:
-            raise Refused(422, f"two parts {name}", "a pair has one")
-        setattr(given, name, data)
-    return given
+class _Form:
+    """A form, as it comes; remembers what is wrong with it."""
+
+    def __init__(self, options: dict[bytes, bytes]) -> None:
+        self._parts = _Parts()
+        self._wrong: Refused | None = None
+        boundary = options.get(b"boundary")
+        if not boundary:
+            self._wrong = _not_a_form("its Content-Type names no boundary")
+            return
+        with self._noting():
+            self._parser = MultipartParser(boundary, self._parts.callbacks())
+
+    def take(self, chunk: bytes) -> None:
+        if self._wrong is None:
+            with self._noting():
+                self._parser.write(chunk)
+
+    def given(self) -> _Given:
+        """The pair in it, when all is there; raises Refused."""
+        if self._wrong is None and self._parser.state is not MultipartState.END:
+            self._wrong = _not_a_form("it ends before its closing boundary")
+        if self._wrong is not None:
+            raise self._wrong
+        given = _Given()
+        for name, is_file, data in _named(self._parts):
+            if name == "image" and not is_file:
+                raise Refused(422, "image not a file", "give the part image a filename")
+            if getattr(given, name) is not None:
+                raise Refused(422, f"two parts {name}", "a pair has one")
+            setattr(given, name, data)
+        return given
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        try:
+            yield
+        except FormParserError as error:
+            self._wrong = _not_a_form(str(error)[:100])
+        except Refused as refused:
+            self._wrong = refused
+
+
+def _not_a_form(why: str) -> Refused:
+    return Refused(400, "body not multipart", why)
 
 
 def _named(parts: _Parts) -> Iterator[tuple[str, bool, bytes]]:
     for part in parts.found:
         name, is_file = part.name_and_file()
         _check_names([name])
-        yield name, is_file, b"".join(part.data)
+        data = b"".join(part.data)
+        part.data.clear()  # nor are they kept
+        yield name, is_file, data
 
 
 # --- headers -------------------------------------------------------------------------------------
