@@ -51,6 +51,23 @@ def in_large_pages():
 print(ray.get(in_large_pages.remote()), flush=True)
 """
 
+LOSING = """
+import contextlib, io, json, os, time
+import ray
+from mmray.engine import cluster
+cluster.connect(num_cpus=1)
+@ray.remote(max_retries=0)
+def die():
+    os._exit(1)
+out, err, deadline = io.StringIO(), io.StringIO(), time.monotonic() + 60
+with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with contextlib.suppress(ray.exceptions.WorkerCrashedError):
+        ray.get(die.remote())
+    while "worker died" not in out.getvalue() + err.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.1)
+print(json.dumps([out.getvalue(), err.getvalue()]))
+"""
+
 REFUSED = """
 import json, os, sys
 from mmray.engine import cluster
@@ -142,6 +159,11 @@ def test_a_cluster_that_cannot_be_joined_is_an_error_and_starts_none(place: Path
     assert "RAY_ADDRESS=auto: no Ray cluster runs on this machine" in none
     assert "nonsense" in nonsense
     assert not processes(place)
+
+
+def test_what_ray_tells_of_a_lost_worker_is_not_among_the_results(place: Path) -> None:
+    out, err = json.loads(said(LOSING, place))
+    assert (out, "worker died" in err) == ("", True)
 
 
 def running(pid: int) -> bool:

@@ -90,6 +90,7 @@ def connect(
     interface; it has none otherwise. Raises MmrayError when the cluster cannot be joined,
     ConfigError for a ``metrics_port`` that is taken or is asked of a cluster.
     """
+    quiet.errors()
     if not ray.is_initialized():
         address = _find_cluster()
         if address and metrics_port is not None:

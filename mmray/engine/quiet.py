@@ -10,9 +10,21 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from ray._private import worker  # not to be had in public
 from ray.data import DataContext
 from ray.data._internal.execution import streaming_executor_state  # not to be had in public
 from ray.data._internal.execution.operators import actor_pool_map_operator
+
+_print = worker.print_to_stdstream
+
+
+def errors() -> None:
+    """Ray tells of a lost worker on stdout, among what was asked for; on stderr from now on."""
+    worker.print_to_stdstream = _to_stderr
+
+
+def _to_stderr(data: dict[str, Any], ignore_prefix: bool) -> None:
+    _print(data | {"is_err": True}, ignore_prefix)
 
 
 def datasets() -> None:
