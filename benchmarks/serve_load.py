@@ -36,6 +36,7 @@ import argparse
 import importlib.util
 import json
 import os
+import signal
 import statistics
 import sys
 import tempfile
@@ -75,6 +76,9 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=CORES, help="of mmray that score")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     args = parser.parse_args()
+    # Told to end, it ends those that it has started and stopped, as at Ctrl-C.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     arms = [a for a in args.arms.split(",") if a != "litserve" or _there("litserve")]
     cases = []
     with tempfile.TemporaryDirectory() as folder:
@@ -198,15 +202,13 @@ def summary(cases: list[dict[str, Any]]) -> dict[str, Any]:
         return round(pick(known), 3) if known else None
 
     def over(arm: str) -> list[float | None]:
-        return [
-            statistics.median(
-                ours / theirs
-                for ours, theirs in zip(c["mmray"]["rates"], c[arm]["rates"], strict=True)
-            )
-            if arm in c and "mmray" in c
-            else None
-            for c in cases
-        ]
+        return [ratio(c, arm) if arm in c and "mmray" in c else None for c in cases]
+
+    def ratio(case: dict[str, Any], arm: str) -> float | None:
+        """Of the turns in which the other one answered at all."""
+        turns = zip(case["mmray"]["rates"], case[arm]["rates"], strict=True)
+        each = [ours / theirs for ours, theirs in turns if theirs]
+        return statistics.median(each) if each else None
 
     def added(case: dict[str, Any]) -> float | None:
         found = case.get("mmray")

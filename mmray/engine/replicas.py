@@ -155,14 +155,17 @@ class Ingress:
         requests.setLevel(logging.INFO)
         self._token = token_of(cfg)
         bundle = loaded(uri, fingerprint)
-        # A bundle that fails here never replaces one that does not, even as the one to prepare for.
-        Predictor(bundle, "cpu").check_golden()
+        with ThreadPoolExecutor(1) as meanwhile:  # its children take seconds to start
+            decoders = meanwhile.submit(Decoders, bundle, cfg)
+            # A bundle that fails here never replaces one that does not, even as the one to
+            # prepare for.
+            Predictor(bundle, "cpu").check_golden()
+        self._decoders, self._meters = decoders.result(), Meters()
         self._cfg, self._fingerprint = cfg, fingerprint
         # What goes between the two is of modules that both have: no need of cloudpickle's search.
         self._scorer: DeploymentHandle[Scorer] = scorer.options(
             request_serialization="pickle", response_serialization="pickle"
         )
-        self._decoders, self._meters = Decoders(bundle, cfg), Meters()
         score = cfg.score
         self._sender = Sender(bundle.preprocess.image.size, score.groups * score.batch_rows)
         self._lane = Lane(
