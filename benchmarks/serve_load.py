@@ -9,7 +9,7 @@ server the same, and the Predictor nothing. At saturation 64 callers, as many as
 takes, each wait for their answer (rates are of the line through their number, see
 ``_load.slope``). All arms are up at once and take turns at that, ``--turn`` seconds each, while the
 others are stopped, ``--rounds`` times, every other time backwards; ratios are the median over the
-rounds. Then the others end.
+rounds, without those in which the other one answered nothing. Then the others end.
 
 The other loads, of mmray alone, are open: requests come when they come, at 25, 50, 75 and 90 % of
 that rate, then at three times of it for ``--overload`` seconds, with the server's memory looked at
